@@ -1,0 +1,10 @@
+"Options and environment shared by all tests."
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")        # nothing here may need the Hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--nb-flags", default="", help='nbdev test flags to run as well, such as "slow gpu"')

@@ -1,0 +1,213 @@
+"The command line as a process: help, flags, bad input, a killed run."
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ENVIRONMENT, command, make_image_folder
+from PIL import Image
+
+TRAIN = ("train", "--dataset", "digits", "--model_name", "tiny")
+QUICK = (*TRAIN, "--epochs", "1", "--batch_size", "64", "--no_tracking", "--mixed_precision", "no")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    done = command(*QUICK, "--learning_rate", "5e-3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_help_needs_no_heavy_imports(tmp_path):
+    code = ("import sys; sys.argv[0] = 'dinov3-nb'; from dinov3_nb.cli import main; main(['--help']); "
+            "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'bitsandbytes', 'matplotlib'} & set(sys.modules); "
+            "sys.exit(str(heavy) if heavy else 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "predict" in done.stdout
+
+
+def test_train_help_shows_groups_and_every_flag(tmp_path):
+    done = command("train", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    from dataclasses import fields
+    from dinov3_nb.cli import GROUPS
+    for title, group in GROUPS:
+        assert f"\n{title}:" in done.stdout
+        for f in fields(group): assert f"--{f.name}" in done.stdout
+
+
+def test_the_log(finished):
+    folder, log = finished
+    for start in ("Device:", "Dataset: digits, 10 classes", "Model: tiny", "Parameters:", "Samples: 1,437 training, 360 validation",
+                  "Total steps: 23", "[epoch 1 | step 23] train_loss=", "Saved new best model with accuracy: "):
+        assert any(line.startswith(start) for line in log.splitlines()), (start, log)
+    assert sorted(p.name for p in (folder / "checkpoints_dinov3").iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_predict_names_a_digit(finished, tmp_path):
+    from dinov3_nb.data import load_digits_dataset
+    rows = load_digits_dataset()["validation"]
+    for i in range(20): rows[i]["image"].save(tmp_path / f"{i:02}.png")
+    done = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--json", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    named = [answer["labels"][0]["name"] for answer in json.loads(done.stdout)]
+    right = sum(name == str(rows[i]["label"]) for i, name in enumerate(named))
+    assert right >= 15, named
+    table = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--top_k", "1", tmp_path / "00.png", cwd=tmp_path)
+    assert named[0] in table.stdout and "%" in table.stdout
+
+
+def test_evaluate_agrees_with_the_log(finished):
+    folder, log = finished
+    done = command("evaluate", "--checkpoint", "checkpoints_dinov3", "--dataset", "digits", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"val_acc={json.loads(done.stdout)['top1']:.2%}" in log
+
+
+def test_models(tmp_path):
+    done = command("models", cwd=tmp_path)
+    assert done.returncode == 0 and "facebook/dinov3-vith16plus-pretrain-lvd1689m" in done.stdout
+
+
+def bad_input(images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "notes.pt").write_bytes(b"not a checkpoint")
+    for i in range(3):
+        (tmp_path / "single" / "only").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "single" / "only" / f"{i}.png")
+    return {
+        "unknown dataset": ("train", "--dataset", "nobody/nothing", "--model_name", "tiny"),
+        "no such folder": ("train", "--dataset", "./missing", "--model_name", "tiny"),
+        "empty folder": ("train", "--dataset", "empty", "--model_name", "tiny"),
+        "one class": ("train", "--dataset", "single", "--model_name", "tiny"),
+        "missing column": (*TRAIN, "--label_column", "colour"),
+        "missing image column": (*TRAIN, "--image_column", "photo"),
+        "ratio 0": (*TRAIN, "--train_split_ratio", "0"),
+        "ratio 2": (*TRAIN, "--val_split_ratio", "2"),
+        "batch 0": (*TRAIN, "--batch_size", "0"),
+        "misspelt flag": (*TRAIN, "--learnign_rate", "1"),
+        "wrong type": (*TRAIN, "--epochs", "many"),
+        "wrong choice": (*TRAIN, "--pool", "max"),
+        "4-bit unfrozen": (*TRAIN, "--use_4bit", "--freeze_backbone", "False"),
+        "image size": (*TRAIN, "--image_size", "33"),
+        "no network": ("train", "--dataset", "digits"),
+        "unknown model": ("train", "--dataset", "digits", "--model_name", "./no_model"),
+        "fp16 on a CPU": (*TRAIN, "--mixed_precision", "fp16"),
+        "nothing to resume": (*TRAIN, "--resume"),
+        "unreadable checkpoint": ("predict", "--checkpoint", "notes.pt", "picture.png"),
+        "missing checkpoint": ("predict", "--checkpoint", "none.pt", "picture.png"),
+        "no checkpoint flag": ("predict", "picture.png"),
+        "unknown command": ("tarin",),
+    }
+
+
+def test_bad_input_gets_one_sentence_and_exit_code_2(images, tmp_path):
+    wrong = []
+    for name, arguments in bad_input(images, tmp_path).items():
+        done = command(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+        said = [line for line in done.stderr.splitlines() if line.startswith("dinov3-nb: ")]
+        if done.returncode != 2 or len(said) != 1 or "Traceback" in done.stderr or len(done.stderr.splitlines()) > 1:
+            wrong.append((name, done.returncode, done.stderr[-600:]))
+    assert not wrong, wrong
+
+
+def test_bad_image_stops_or_is_skipped(tmp_path):
+    images = make_image_folder(tmp_path / "images")
+    (images / "train" / "circle" / "0.png").write_bytes(b"broken")
+    base = ("train", "--dataset", "images", "--model_name", "tiny", "--epochs", "1", "--no_tracking", "--num_workers", "0")
+    stopped = command(*base, "--checkpoint_dir", "a", cwd=tmp_path)
+    assert stopped.returncode == 2 and "0.png" in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
+    skipped = command(*base, "--checkpoint_dir", "b", "--on_bad_image", "skip", cwd=tmp_path)
+    assert skipped.returncode == 0, skipped.stderr
+    assert sum("skipped" in line for line in skipped.stdout.splitlines()) == 1, skipped.stdout
+
+
+# Each pair differs in one flag; if the flag did nothing, the two runs would leave the same trace.
+FLAGS = {
+    "train_split_ratio": ("0.5",), "val_split_ratio": ("0.5",), "use_4bit": (), "epochs": ("2",), "batch_size": ("32",),
+    "learning_rate": ("0.01",), "weight_decay": ("0.9",), "warmup_ratio": ("0.5",), "eval_every_steps": ("10",), "seed": ("7",),
+    "head": ("mlp",), "dropout": ("0.5",), "pool": ("mean",), "image_size": ("64",), "gradient_accumulation_steps": ("2",),
+    "freeze_backbone": ("False",), "augment": ("crop_flip",), "mixed_precision": ("bf16",),
+}
+
+
+def trace(folder):
+    kept = torch.load(folder / "last.pt", weights_only=True)
+    return kept["history"][-1]["train_loss"], kept["history"][-1]["val_loss"], kept["step"], len(kept["history"])
+
+
+def small_run(folder, flag=None, values=()):
+    from dinov3_nb.cli import run_train
+    flags = {"--epochs": ["1"], "--batch_size": ["64"], "--no_tracking": [], "--mixed_precision": ["no"], "--learning_rate": ["1e-3"],
+             "--train_split_ratio": ["0.4"], "--checkpoint_dir": [str(folder)], "--dataset": ["digits"], "--model_name": ["tiny"]}
+    if flag: flags[f"--{flag}"] = list(values)
+    run_train([part for name, given in flags.items() for part in (name, *given)])
+    return trace(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flag_changes_the_run(flag, plain, tmp_path):
+    assert small_run(tmp_path / "run", flag, FLAGS[flag]) != plain
+
+
+@pytest.mark.parametrize("flag, value", [("bnb_4bit_quant_type", "fp4"), ("use_nested_quant", ""), ("bnb_4bit_compute_dtype", "float32")])
+def test_quantization_flag_changes_the_run(flag, value, tmp_path):
+    from dinov3_nb.cli import run_train
+    base = ["--epochs", "1", "--batch_size", "64", "--no_tracking", "--train_split_ratio", "0.2", "--dataset", "digits",
+            "--model_name", "tiny", "--use_4bit"]
+    run_train([*base, "--checkpoint_dir", str(tmp_path / "a")])
+    run_train([*base, "--checkpoint_dir", str(tmp_path / "b"), f"--{flag}", *([value] if value else [])])
+    assert trace(tmp_path / "a") != trace(tmp_path / "b")
+
+
+def test_tracking_and_project_name(tmp_path):
+    base = (*TRAIN, "--epochs", "1", "--batch_size", "64", "--train_split_ratio", "0.2")
+    assert command(*base, "--project_name", "mine", cwd=tmp_path).returncode == 0
+    assert list((tmp_path / "trackio").glob("mine*")), list((tmp_path / "trackio").iterdir())
+    (tmp_path / "quiet").mkdir()
+    assert command(*base, "--no_tracking", cwd=tmp_path / "quiet").returncode == 0
+    assert not (tmp_path / "quiet" / "trackio").exists()
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path):
+    base = (*TRAIN, "--epochs", "3", "--batch_size", "16", "--dropout", "0.2", "--eval_every_steps", "20", "--no_tracking", "--num_workers", "0")
+    whole = command(*base, "--checkpoint_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    script = Path(sys.executable).with_name("dinov3-nb")
+    running = subprocess.Popen([str(script), *base, "--checkpoint_dir", "cut"], cwd=tmp_path, env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline:  # until the second checkpoint is there, then pull the plug
+        last = tmp_path / "cut" / "last.pt"
+        if last.exists() and torch.load(last, weights_only=True)["step"] >= 40: break
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    stopped_at = torch.load(last, weights_only=True)["step"]
+    assert 40 <= stopped_at < 270, "the run was over before it was killed"
+    resumed = command(*base, "--checkpoint_dir", "cut", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 270
+    for key, value in a["model_state_dict"].items(): assert torch.equal(value, b["model_state_dict"][key]), key
+    differ = command(*base, "--checkpoint_dir", "cut", "--resume", "--learning_rate", "1", cwd=tmp_path)
+    assert differ.returncode == 2 and "learning_rate was 0.0005, now 1.0" in differ.stderr
+    again = command(*base, "--checkpoint_dir", "cut", cwd=tmp_path)
+    assert again.returncode == 2 and "holds a run already" in again.stderr

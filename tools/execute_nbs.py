@@ -1,0 +1,61 @@
+"""Run notebooks in place and keep their outputs: `python tools/execute_nbs.py nbs/01_data.ipynb ...`
+
+Cells that `nbdev_test` would skip keep what they show. Progress bars are off, and figures are stored small.
+"""
+import base64
+import io
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in stored outputs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.process import NBProcessor
+from PIL import Image
+
+
+def shrink_figures(notebook):
+    "Store each PNG with at most 256 colours."
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" not in data: continue
+            text = data["image/png"]
+            image = Image.open(io.BytesIO(base64.b64decode(text if isinstance(text, str) else "".join(text))))
+            small = io.BytesIO()
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+            data["image/png"] = base64.b64encode(small.getvalue()).decode()
+
+
+def execute(path, flags=()):
+    "Run one notebook top to bottom and save it, cleaned."
+    path = Path(path).absolute()
+    skipped = set(get_config().tst_flags.split()) - set(flags)
+    notebook = read_nb(path)
+    directives = {c.idx_: c.directives_ for c in NBProcessor(path).nb.cells if c.cell_type == "code"}
+
+    def left_out(cell):
+        own = directives.get(cell.idx_, {}) or {}
+        evaluates = own.get("eval:", [""])[0].lower() != "false"
+        return cell.cell_type != "code" or "nbdev_export(" in cell.source or not evaluates or bool(skipped & own.keys())
+
+    shell, folder = CaptureShell(path), os.getcwd()
+    os.chdir(path.parent)
+    try: shell.run_all(notebook, exc_stop=True, preproc=left_out)
+    finally: os.chdir(folder)
+    shrink_figures(notebook)
+    clean_nb(notebook)
+    write_nb(notebook, path)
+
+
+if __name__ == "__main__":
+    flags = [a.removeprefix("--flag=") for a in sys.argv[1:] if a.startswith("--flag=")]
+    for name in sys.argv[1:]:
+        if name.startswith("--"): continue
+        print(name, flush=True)
+        execute(name, flags)
