@@ -27,7 +27,7 @@ from dinov3_nb.config import (
     flatten_arguments,
 )
 
-# %% ../nbs/08_cli.ipynb #050dc539
+# %% ../nbs/08_cli.ipynb #3e27ff35
 def opening_lines(
     data: Any,         # `PreparedDataset`
     model: Any,        # from `build_classifier`, before training
@@ -40,8 +40,7 @@ def opening_lines(
     "Device, data, model, quantization, parameters, memory and steps of a run."
     import math
     from dinov3_nb.model import resolve_model_name
-    from dinov3_nb.quantization import memory_lines
-    from dinov3_nb.training import count_parameters
+    from dinov3_nb.quantization import count_parameters, memory_lines
     total, trainable = count_parameters(model)
     per_step = train_arguments.batch_size * train_arguments.gradient_accumulation_steps * accelerator.num_processes
     steps = math.ceil(len(data.train) / per_step)
@@ -59,7 +58,7 @@ def opening_lines(
         f"Total steps: {steps * train_arguments.epochs:,} ({train_arguments.epochs} epochs of {steps:,})",
     ]
 
-# %% ../nbs/08_cli.ipynb #8949c056
+# %% ../nbs/08_cli.ipynb #cdd37018
 def train(
     data_arguments: DataArguments = DataArguments(),
     model_arguments: ModelArguments = ModelArguments(),
@@ -79,7 +78,7 @@ def train(
     import torch
     from dinov3_nb.data import load_and_prepare_dataset
     from dinov3_nb.model import build_classifier, load_processor
-    from dinov3_nb.quantization import quantization_config
+    from dinov3_nb.quantization import peak_memory, quantization_config
     from dinov3_nb.training import Tracker, fit, make_accelerator, make_loaders
     accelerator = make_accelerator(train_arguments, quantization_arguments.use_4bit)
     log = log or (lambda line: accelerator.print(line, flush=True))
@@ -88,6 +87,7 @@ def train(
     torch.manual_seed(train_arguments.seed)  # the head's first weights
     model = build_classifier(model_arguments, data.class_names, quantization_config(quantization_arguments))
     if start: checkpoint.load_weights(model, start["model_state_dict"])
+    model.to(accelerator.device)
     for line in opening_lines(data, model, accelerator, *groups): log(line)
     if start: log(f"Going on from step {start['step']:,}, best accuracy so far {start['best_acc']:.2%}")
     folder = Path(train_arguments.checkpoint_dir)
@@ -96,6 +96,7 @@ def train(
     with Tracker(train_arguments.project_name if tracked else None, config) as track:
         loaders = make_loaders(data, processor, data_arguments, train_arguments)
         state = fit(model, *loaders, train_arguments, accelerator, start, save, track, log)
+    if peak_memory(): log(f"CUDA memory, peak of the run: {peak_memory() / 1e6:,.1f} MB (measured)")
     log(f"Done: best accuracy {state.best_acc:.2%}, {folder / 'best.pt'}")
     return state
 
@@ -119,14 +120,14 @@ def refuse_unknown(
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help."
     raise UserError(f"{unknown[0]} is not known: {hint}")
 
-# %% ../nbs/08_cli.ipynb #76160576
+# %% ../nbs/08_cli.ipynb #9b211fef
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     "Defaults beside the help, except where None stands for something that the help explains."
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
-
+# %% ../nbs/08_cli.ipynb #0af1f6fe
 def make_parser(
     command: str,         # "train", ...
     description: str,
@@ -235,7 +236,7 @@ def run_models(
     from dinov3_nb.model import model_table_lines
     print("\n".join(model_table_lines()))
 
-# %% ../nbs/08_cli.ipynb #ecca4c02
+# %% ../nbs/08_cli.ipynb #0e953cbc
 HELP = """usage: dinov3-nb COMMAND [flags]
 
 Turn DINOv3 into your own image classifier.
@@ -267,6 +268,3 @@ def main(
         print("dinov3-nb: interrupted; --resume goes on from the last validation.", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__": sys.exit(main())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parameter_groups', 'make_optimizer', 'make_scheduler', 'choose_precision', 'make_accelerator', 'make_loaders',
            'collect_logits', 'Scores', 'score', 'train_step', 'groups_of', 'step_seed', 'TrainingState', 'restore',
-           'check_finite', 'fit', 'plot_history', 'Tracker', 'count_parameters']
+           'check_finite', 'fit', 'plot_history', 'Tracker']
 
 # %% ../nbs/05_training.ipynb #469a1d79
 import itertools
@@ -325,14 +325,3 @@ class Tracker:
     def __exit__(self, *error) -> None:
         if self.project_name is None: return
         with self.quiet(): self.trackio.finish()
-
-# %% ../nbs/05_training.ipynb #f7a27cbc
-def count_parameters(
-    model: nn.Module,   # 4-bit weights are counted as what they stand for, not as packed bytes
-) -> tuple[int, int]:   # all, trainable
-    "Parameters, and how many of them learn."
-    def count(p):
-        state = getattr(p, "quant_state", None)
-        return math.prod(state.shape) if state is not None else p.numel()
-    parameters = list(model.parameters())
-    return sum(map(count, parameters)), sum(p.numel() for p in parameters if p.requires_grad)

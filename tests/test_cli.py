@@ -137,7 +137,7 @@ def test_bad_image_stops_or_is_skipped(tmp_path):
 # Each pair differs in one flag; if the flag did nothing, the two runs would leave the same trace.
 FLAGS = {
     "train_split_ratio": ("0.5",), "val_split_ratio": ("0.5",), "use_4bit": (), "epochs": ("2",), "batch_size": ("32",),
-    "learning_rate": ("0.01",), "weight_decay": ("0.9",), "warmup_ratio": ("0.5",), "eval_every_steps": ("10",), "seed": ("7",),
+    "learning_rate": ("0.01",), "weight_decay": ("0.9",), "warmup_ratio": ("0.5",), "eval_every_steps": ("4",), "seed": ("7",),
     "head": ("mlp",), "dropout": ("0.5",), "pool": ("mean",), "image_size": ("64",), "gradient_accumulation_steps": ("2",),
     "freeze_backbone": ("False",), "augment": ("crop_flip",), "mixed_precision": ("bf16",),
 }

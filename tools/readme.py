@@ -27,6 +27,7 @@ def markdown(config):
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     text, resources = exporter.from_notebook_node(notebook, resources={"output_files_dir": "index_files"})
     text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)
+    text = re.sub(r"\n +\n!\[png\]", "\n\n![figure]", text)
     text = re.sub(r"<!-- WARNING: THIS FILE.*?-->\n*", "", text)
     text = re.sub(r"(\]\()(?!https?:|#|index_files/)([^)]+)", rf"\1{config.nbs_path.name}/\2", text)
     head = f"# {front['title']}\n\n<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n{front.get('description', '')}\n\n"
