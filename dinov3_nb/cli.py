@@ -58,7 +58,7 @@ def opening_lines(
         f"Total steps: {steps * train_arguments.epochs:,} ({train_arguments.epochs} epochs of {steps:,})",
     ]
 
-# %% ../nbs/08_cli.ipynb #cdd37018
+# %% ../nbs/08_cli.ipynb #6dc47523
 def train(
     data_arguments: DataArguments = DataArguments(),
     model_arguments: ModelArguments = ModelArguments(),
@@ -81,6 +81,8 @@ def train(
     from dinov3_nb.quantization import peak_memory, quantization_config
     from dinov3_nb.training import Tracker, fit, make_accelerator, make_loaders
     accelerator = make_accelerator(train_arguments, quantization_arguments.use_4bit)
+    if accelerator.num_processes > 1 and data_arguments.on_bad_image == "skip":
+        raise UserError("--on_bad_image skip needs a single process: with several, batches of unequal size would wait for each other.")
     log = log or (lambda line: accelerator.print(line, flush=True))
     data = load_and_prepare_dataset(data_arguments, train_arguments.seed, dataset)
     processor = load_processor(model_arguments.model_name, model_arguments.revision, model_arguments.image_size)
@@ -127,7 +129,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
-# %% ../nbs/08_cli.ipynb #0af1f6fe
+# %% ../nbs/08_cli.ipynb #de6316db
 def make_parser(
     command: str,         # "train", ...
     description: str,
@@ -138,7 +140,7 @@ def make_parser(
     for title, group in groups: group._argument_group_name = title
     parser = HfArgumentParser([group for _, group in groups], prog=f"dinov3-nb {command}", description=description,
                               allow_abbrev=False, formatter_class=HelpFormatter)
-    parser.error = partial(refuse, parser)
+    parser.usage, parser.error = f"{parser.prog} [flags]", partial(refuse, parser)
     return parser
 
 

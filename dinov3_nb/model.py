@@ -342,7 +342,7 @@ class DinoV3MLPConfig(DinoV3Config):
     model_type = "dinov3_mlp_classifier"
     def __init__(self, **kwargs: Any): super().__init__(**kwargs)
 
-# %% ../nbs/02_model.ipynb #b2df06ef
+# %% ../nbs/02_model.ipynb #a709c5de
 class DinoV3Classifier(PreTrainedModel):
     "What the two classifiers share; the subclasses say what the head is."
     config_class, base_model_prefix, main_input_name = DinoV3Config, "backbone", "pixel_values"
@@ -354,6 +354,8 @@ class DinoV3Classifier(PreTrainedModel):
         self.num_registers, width = token_layout(self.backbone)
         self.head = self.make_head(width * (2 if config.pool == "cls_mean" else 1))
         self.backbone.requires_grad_(not config.freeze_backbone)
+        for name, parameter in self.backbone.named_parameters():
+            if name.endswith("mask_token"): parameter.requires_grad_(False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['parameter_groups', 'make_optimizer', 'make_scheduler', 'choose_preci
            'collect_logits', 'Scores', 'score', 'train_step', 'groups_of', 'step_seed', 'TrainingState', 'restore',
            'check_finite', 'fit', 'plot_history', 'Tracker']
 
-# %% ../nbs/05_training.ipynb #469a1d79
+# %% ../nbs/05_training.ipynb #a6615e72
 import itertools
 import math
 import time
@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader
@@ -75,7 +75,7 @@ def choose_precision(
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device_type == "cpu" and cpu_has_bfloat16() else "no"
 
-# %% ../nbs/05_training.ipynb #afed9d8e
+# %% ../nbs/05_training.ipynb #d9c98a80
 def make_accelerator(
     arguments: TrainArguments,  # for the precision asked for
     quantized: bool = False,    # True: the backbone holds 4-bit layers, autocast stays off
@@ -84,8 +84,7 @@ def make_accelerator(
     device_type = Accelerator().device.type
     AcceleratorState._reset_state()  # a second run in one process may want another precision
     precision = choose_precision(arguments.mixed_precision, device_type, quantized)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINOv3's mask token
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+    return Accelerator(mixed_precision=precision)
 
 # %% ../nbs/05_training.ipynb #7bd2241f
 def make_loaders(
@@ -220,7 +219,7 @@ def check_finite(
         f"The training loss is {loss} by step {step}: the run cannot recover and was stopped before saving. "
         f"Try a lower --learning_rate than {arguments.learning_rate}, or --mixed_precision no.")
 
-# %% ../nbs/05_training.ipynb #ea4205c7
+# %% ../nbs/05_training.ipynb #3874b5ea
 def fit(
     model: nn.Module,              # from `build_classifier`
     train_loader: DataLoader,      # with an `EpochSampler` and a `Collator`
@@ -267,14 +266,16 @@ def fit(
             if not due: continue
 
             speed = seen * accelerator.num_processes / (time.perf_counter() - since)
+            everywhere = accelerator.reduce(torch.tensor([loss_sum, seen], device=accelerator.device), "sum")
+            train_loss = (everywhere[0] / everywhere[1].clamp(min=1)).item()
             scores = score(*collect_logits(model, validation_loader, accelerator))
-            figures = dict(train_loss=float(loss_sum) / max(seen, 1), val_loss=scores.loss, val_acc=scores.accuracy,
+            figures = dict(train_loss=train_loss, val_loss=scores.loss, val_acc=scores.accuracy,
                            learning_rate=scheduler.get_last_lr()[0], images_per_second=speed)
             is_best = scores.accuracy > state.best_acc
             state.best_acc = max(state.best_acc, scores.accuracy)
             state.history.append(dict(epoch=state.epoch, step=state.step, **figures))
             if accelerator.is_main_process:
-                log(f"[epoch {state.epoch} | step {state.step}] train_loss={figures['train_loss']:.4f} "
+                log(f"[epoch {state.epoch} | step {state.step}] train_loss={train_loss:.4f} "
                     f"val_loss={scores.loss:.4f} val_acc={scores.accuracy:.2%}")
                 if track: track(figures, state.step)
                 if save: save(state, is_best)
