@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'HELP', 'COMMANDS', 'opening_lines', 'train', 'refuse', 'refuse_unknown', 'HelpFormatter', 'make_parser',
-           'parse', 'run_train', 'prediction_table', 'run_predict', 'report_lines', 'run_evaluate', 'run_models',
-           'main']
+           'parse', 'run_train', 'prediction_table', 'run_predict', 'report_lines', 'report_json', 'evaluation_data',
+           'run_evaluate', 'run_models', 'main']
 
 # %% ../nbs/08_cli.ipynb #c66d7fb1
 import argparse
@@ -58,7 +58,7 @@ def opening_lines(
         f"Total steps: {steps * train_arguments.epochs:,} ({train_arguments.epochs} epochs of {steps:,})",
     ]
 
-# %% ../nbs/08_cli.ipynb #6dc47523
+# %% ../nbs/08_cli.ipynb #e3f1c1b0
 def train(
     data_arguments: DataArguments = DataArguments(),
     model_arguments: ModelArguments = ModelArguments(),
@@ -69,6 +69,7 @@ def train(
 ) -> Any:                 # `TrainingState`: the model, and the curves in `history`
     "Train a classifier and leave `best.pt` and `last.pt` in the checkpoint folder."
     check_together(model_arguments, quantization_arguments)
+    if dataset is not None: data_arguments = replace(data_arguments, dataset="your own dataset")
     if Path(model_arguments.model_name).is_dir():  # found again from any folder
         model_arguments = replace(model_arguments, model_name=str(Path(model_arguments.model_name).resolve()))
     groups = data_arguments, model_arguments, quantization_arguments, train_arguments
@@ -88,11 +89,13 @@ def train(
     processor = load_processor(model_arguments.model_name, model_arguments.revision, model_arguments.image_size)
     torch.manual_seed(train_arguments.seed)  # the head's first weights
     model = build_classifier(model_arguments, data.class_names, quantization_config(quantization_arguments))
-    if start: checkpoint.load_weights(model, start["model_state_dict"])
+    if start:
+        checkpoint.check_same_run(start, data, model)
+        checkpoint.load_weights(model, start["model_state_dict"])
     model.to(accelerator.device)
     for line in opening_lines(data, model, accelerator, *groups): log(line)
     if start: log(f"Going on from step {start['step']:,}, best accuracy so far {start['best_acc']:.2%}")
-    folder = Path(train_arguments.checkpoint_dir)
+    folder = checkpoint.open_folder(train_arguments) if accelerator.is_main_process else Path(train_arguments.checkpoint_dir)
     save = checkpoint.checkpoint_saver(folder, config, data, processor)
     tracked = accelerator.is_main_process and not train_arguments.no_tracking
     with Tracker(train_arguments.project_name if tracked else None, config) as track:
@@ -164,7 +167,7 @@ def run_train(
     "dinov3-nb train"
     train(*parse(make_parser("train", "Train an image classifier on a DINOv3 backbone.", GROUPS), arguments))
 
-# %% ../nbs/08_cli.ipynb #915c4242
+# %% ../nbs/08_cli.ipynb #fe2723f3
 def prediction_table(
     predictions: list,  # of `Prediction`
 ) -> str:               # one line for each image and class
@@ -186,7 +189,7 @@ def run_predict(
     parser.add_argument("--checkpoint", required=True, help="a .pt file, a run's folder, or a folder from save_pretrained")
     parser.add_argument("--top_k", type=int, default=5, help="classes to name for each image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass")
-    parser.add_argument("--model_name", default=None, help="backbone, for checkpoints that do not name theirs")
+    parser.add_argument("--model_name", default=None, help="backbone, if the checkpoint does not name it or it has moved")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     given = parse(parser, arguments)[0]
     from dinov3_nb.inference import load_classifier
@@ -196,38 +199,70 @@ def run_predict(
     print(json.dumps([{"path": p.path, "labels": [{"name": n, "probability": v} for n, v in p.labels]}
                       for p in predictions], indent=2))
 
-# %% ../nbs/08_cli.ipynb #03ede5e1
+# %% ../nbs/08_cli.ipynb #47d9c82a
 def report_lines(
     scores: Any,             # `Scores`
     class_names: list[str],  # in the order of `scores.recall`
+    notes: list[str],        # what the dataset consists of
 ) -> list[str]:
-    "Scores as text: the figures, then the recall of each class, worst first."
+    "Scores as text: the data, the figures, then the recall of each class, worst first."
     import math
     width = max(map(len, class_names))
     found = sorted((r, n) for r, n in zip(scores.recall, class_names) if not math.isnan(r))
-    return [f"{scores.num_images:,} images: loss {scores.loss:.4f}, top-1 {scores.accuracy:.2%}, top-5 {scores.top5:.2%}",
+    skipped = [f"skipped: {message}" for message in scores.unread]
+    return [*notes, *skipped, f"{scores.num_images:,} images, {len(skipped)} skipped: loss {scores.loss:.4f}, "
+            f"top-1 {scores.accuracy:.2%}, top-5 {scores.top5:.2%}",
             "recall by class, lowest first:", *(f"  {name:{width}}  {recall:7.2%}" for recall, name in found)]
+
+
+def report_json(
+    scores: Any,             # `Scores`
+    class_names: list[str],  # in the order of `scores.recall`
+    notes: list[str],        # what the dataset consists of
+) -> str:                    # a class without images has recall null
+    "The same for programs."
+    recall = {name: None if r != r else r for name, r in zip(class_names, scores.recall)}
+    return json.dumps({"loss": scores.loss, "top1": scores.accuracy, "top5": scores.top5, "images": scores.num_images,
+                       "skipped": scores.unread, "recall": recall, "notes": notes}, indent=2)
+
+# %% ../nbs/08_cli.ipynb #b3310a19
+def evaluation_data(
+    given: Any,     # the parsed flags: dataset, val_split_ratio and the columns may be None
+    config: dict,   # the run that the checkpoint comes from; empty for a `save_pretrained` folder
+) -> DataArguments:
+    "Which images to score: what the flags say, else what the checkpoint was trained on."
+    known = given.dataset is None  # then the columns are the run's, too
+    dataset = config.get("dataset") if known else given.dataset
+    if not dataset: raise UserError("The checkpoint does not say what it was trained on: give --dataset.")
+    def column(name): return getattr(given, name) or (config.get(name) if known else None)
+    return DataArguments(dataset=dataset, val_split_ratio=given.val_split_ratio, on_bad_image=given.on_bad_image,
+                         image_column=column("image_column"), label_column=column("label_column"), num_workers=given.num_workers)
 
 
 def run_evaluate(
     arguments: list[str],  # flags as typed
 ) -> None:
     "dinov3-nb evaluate"
-    parser = make_parser("evaluate", "Score a checkpoint on a dataset's validation split.", (("Data", DataArguments),))
+    parser = make_parser("evaluate", "Score a checkpoint on a dataset's validation split.")
     parser.add_argument("--checkpoint", required=True, help="a .pt file, a run's folder, or a folder from save_pretrained")
+    parser.add_argument("--dataset", help="as for train (default: the one that the checkpoint was trained on)")
+    parser.add_argument("--val_split_ratio", type=float, default=1.0, help="share of the validation images to score")
+    parser.add_argument("--image_column", help="column that holds the images (default: found by its type)")
+    parser.add_argument("--label_column", help="column that holds the labels (default: found by its type and name)")
+    parser.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop", help="stop, or skip and count")
+    parser.add_argument("--num_workers", type=int, help="processes that decode images (default: found by itself)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass")
-    parser.add_argument("--model_name", default=None, help="backbone, for checkpoints that do not name theirs")
+    parser.add_argument("--model_name", help="backbone, if the checkpoint does not name it or it has moved")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    data_arguments, given = parse(parser, arguments)
+    given = parse(parser, arguments)[0]
     from dinov3_nb.data import load_and_prepare_dataset
     from dinov3_nb.inference import evaluate_classifier, load_classifier
     classifier = load_classifier(given.checkpoint, model_name=given.model_name)
-    whole = replace(data_arguments, val_split_ratio=data_arguments.val_split_ratio or 1.0)
-    data = load_and_prepare_dataset(whole, classifier.config.get("seed", 42))
-    scores = evaluate_classifier(classifier, data, given.batch_size, whole.on_bad_image, whole.num_workers)
-    if not given.json: print("\n".join(report_lines(scores, classifier.class_names))); return
-    print(json.dumps({"loss": scores.loss, "top1": scores.accuracy, "top5": scores.top5, "images": scores.num_images,
-                      "recall": dict(zip(classifier.class_names, scores.recall))}, indent=2))
+    data_arguments = evaluation_data(given, classifier.config)
+    data = load_and_prepare_dataset(data_arguments, classifier.config.get("seed", 42))
+    scores = evaluate_classifier(classifier, data, given.batch_size, given.on_bad_image, given.num_workers)
+    show = report_json if given.json else lambda *parts: "\n".join(report_lines(*parts))
+    print(show(scores, classifier.class_names, data.notes))
 
 # %% ../nbs/08_cli.ipynb #4c304e28
 def run_models(
@@ -238,7 +273,7 @@ def run_models(
     from dinov3_nb.model import model_table_lines
     print("\n".join(model_table_lines()))
 
-# %% ../nbs/08_cli.ipynb #0e953cbc
+# %% ../nbs/08_cli.ipynb #49a64975
 HELP = """usage: dinov3-nb COMMAND [flags]
 
 Turn DINOv3 into your own image classifier.
@@ -267,6 +302,7 @@ def main(
         print(f"dinov3-nb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dinov3-nb: interrupted; --resume goes on from the last validation.", file=sys.stderr)
+        advice = "; once a validation was logged, --resume goes on from there" if command == "train" else ""
+        print(f"dinov3-nb: interrupted{advice}.", file=sys.stderr)
         return 130
     return 0

@@ -101,7 +101,7 @@ class QuantizationArguments:
     def __post_init__(self):
         check_choices(self)
 
-# %% ../nbs/00_config.ipynb #6092a998
+# %% ../nbs/00_config.ipynb #98b48d0e
 @dataclass
 class TrainArguments:
     "How long and how fast to learn, and where the results go."
@@ -124,14 +124,14 @@ class TrainArguments:
         check_choices(self)
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "eval_every_steps"):
             check_range(name, getattr(self, name), 1)
-        check_range("learning_rate", self.learning_rate, 0, open_low=True)
+        check_range("learning_rate", self.learning_rate, 0, 1000, open_low=True)
         check_range("weight_decay", self.weight_decay, 0)
         check_range("warmup_ratio", self.warmup_ratio, 0, 1)
         check_range("seed", self.seed, 0, 2**32 - 1)
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: give one of them.")
 
-# %% ../nbs/00_config.ipynb #b405badb
+# %% ../nbs/00_config.ipynb #25a543dc
 def check_together(
     model: ModelArguments,                # the model group
     quantization: QuantizationArguments,  # the quantization group
@@ -140,6 +140,8 @@ def check_together(
     if quantization.use_4bit and not model.freeze_backbone:
         raise UserError("--use_4bit with --freeze_backbone False cannot train: 4-bit weights take no gradient steps; "
                         "freeze the backbone, or leave out --use_4bit.")
+    if quantization.use_nested_quant and not quantization.use_4bit:
+        raise UserError("--use_nested_quant does nothing without --use_4bit: add it, or leave both out.")
     if model.gradient_checkpointing and model.freeze_backbone:
         raise UserError("--gradient_checkpointing with a frozen backbone saves nothing: no activations are kept there; "
                         "leave it out, or add --freeze_backbone False.")

@@ -10,8 +10,7 @@ __all__ = ['IMAGE_NAMES', 'LABEL_NAMES', 'IMAGE_ENDINGS', 'TRAIN_NAMES', 'VALIDA
            'check_labels', 'cut_validation', 'PreparedDataset', 'prepare_split', 'load_and_prepare_dataset',
            'ImageRows', 'crop_flip', 'Collator', 'EpochSampler', 'find_num_workers', 'make_loader']
 
-# %% ../nbs/01_data.ipynb #b6ccd13d
-import io
+# %% ../nbs/01_data.ipynb #a6d0ea86
 import io
 import os
 import re
@@ -178,7 +177,7 @@ def as_splits(
                             f"is needed, loaded and not streamed.")
     return splits
 
-# %% ../nbs/01_data.ipynb #b11644e1
+# %% ../nbs/01_data.ipynb #c6a131a0
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
 
@@ -194,6 +193,9 @@ def read_folder(
     if any(inside.is_dir() for place in train for inside in place.iterdir()):
         splits = [name for name in TRAIN_NAMES + VALIDATION_NAMES if name in places]
         return {name: read_class_folders(places[name], notes) for name in splits}
+    if train and set(places) <= {*TRAIN_NAMES, *VALIDATION_NAMES}:
+        raise UserError(f"--dataset {str(folder)!r} has images directly inside {', '.join(places)}: "
+                        "each of these needs one folder per class.")
     dataset = read_class_folders(folder, notes)
     if len(dataset): return {"train": dataset}
     if next(folder.rglob("*.parquet"), None): return as_splits(datasets.load_dataset(str(folder)))

@@ -6,25 +6,25 @@
 __all__ = ['list_images', 'Prediction', 'Classifier', 'predict_batch', 'restore_classifier', 'load_classifier', 'match_labels',
            'evaluate_classifier']
 
-# %% ../nbs/07_inference.ipynb #5574c4a2
+# %% ../nbs/07_inference.ipynb #8389270e
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .checkpoint import backbone_fingerprint, load_weights, read_checkpoint
-from .config import ModelArguments, QuantizationArguments, UserError
-from .data import Collator, ImageRows, PreparedDataset, make_loader, open_image
+from .config import ModelArguments, QuantizationArguments, TrainArguments, UserError, check_range
+from .data import IMAGE_ENDINGS, Collator, ImageRows, PreparedDataset, make_loader, open_image
 from .model import build_classifier, export_classifier, load_processor
 from .quantization import quantization_config
-from .training import Scores, collect_logits, score
+from .training import Scores, collect_logits, make_accelerator, score
 
-# %% ../nbs/07_inference.ipynb #28719843
+# %% ../nbs/07_inference.ipynb #9348f8a7
 def list_images(
     images: Any,  # a path, a folder, a PIL image, or a list of these
 ) -> list:        # paths and PIL images; a folder gives its image files, sorted, with sub-folders
@@ -32,16 +32,17 @@ def list_images(
     found = []
     for item in images if isinstance(images, (list, tuple)) else [images]:
         if isinstance(item, Image.Image): found.append(item); continue
-        path, known = Path(item), Image.registered_extensions()
+        path = Path(item)
         if not path.exists(): raise UserError(f"There is no file or folder {path}.")
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")
+                            and p.suffix.lower() in IMAGE_ENDINGS)
             if not inside: raise UserError(f"The folder {path} holds no image files.")
             found += inside
         else: found.append(path)
     return found
 
-# %% ../nbs/07_inference.ipynb #889e21f6
+# %% ../nbs/07_inference.ipynb #65cfbb52
 @dataclass
 class Prediction:
     "What the classifier thinks of one image."
@@ -64,10 +65,11 @@ class Classifier:
         batch_size: int = 32,  # images per forward pass
     ) -> list[Prediction]:     # one for each image, in order
         "Name what is in the images."
-        if top_k < 1: raise UserError(f"--top_k {top_k} is out of range: it must be at least 1.")
+        check_range("top_k", top_k, 1)
+        check_range("batch_size", batch_size, 1)
         items = list_images(images)
         return [prediction for i in range(0, len(items), batch_size)
-                for prediction in predict_batch(self, items[i:i + batch_size], top_k)]
+                for prediction in predict_batch(self, items[i:i + batch_size], top_k, i)]
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write a folder that `transformers.pipeline` and the Hub understand, with the whole model."
@@ -79,9 +81,10 @@ def predict_batch(
     classifier: Classifier,
     items: list,             # paths and PIL images, one forward pass
     top_k: int,              # how many classes to name
+    first: int = 0,          # number of the first item, for messages
 ) -> list[Prediction]:
     "Probabilities of one batch, in float32, sorted."
-    opened = [open_image(item, row) for row, item in enumerate(items)]
+    opened = [open_image(item, row) for row, item in enumerate(items, first)]
     pixels = classifier.processor(images=opened, return_tensors="pt")["pixel_values"]
     logits = classifier.model(pixel_values=pixels.to(classifier.model.device)).logits
     best = logits.float().softmax(-1).cpu().topk(min(top_k, logits.shape[-1]))
@@ -89,10 +92,10 @@ def predict_batch(
                        [(classifier.class_names[c], p) for c, p in zip(classes, values)])
             for item, classes, values in zip(items, best.indices.tolist(), best.values.tolist())]
 
-# %% ../nbs/07_inference.ipynb #a6450490
+# %% ../nbs/07_inference.ipynb #f75f3625
 def restore_classifier(
     checkpoint: dict,               # from `read_checkpoint`
-    model_name: str | None = None,  # for checkpoints that do not name their backbone
+    model_name: str | None = None,  # if the checkpoint does not name its backbone, or it has moved
 ) -> Classifier:                    # on the CPU
     "Backbone, head, processor and class names, put together again."
     config = {**checkpoint["config"]}
@@ -100,7 +103,12 @@ def restore_classifier(
     if "model_name" not in config:
         raise UserError("The checkpoint does not name its backbone: give --model_name.")
     weights = checkpoint["model_state_dict"]
-    names = checkpoint.get("class_names") or [str(i) for i in range(len(weights["head.bias"]))]
+    biases = [value for key, value in weights.items() if key.startswith("head.") and key.endswith("bias")]
+    if not biases: raise UserError("The checkpoint holds no head: none of its weights is a bias under 'head.'.")
+    names = checkpoint.get("class_names") or [str(i) for i in range(len(biases[-1]))]
+    if Path(config["model_name"]).is_absolute() and not Path(config["model_name"]).exists():
+        raise UserError(f"The backbone of this checkpoint was in {config['model_name']}, which is not there any more: "
+                        "give --model_name with its new place.")
     arguments = ModelArguments(**{k: config[k] for k in ModelArguments.__dataclass_fields__ if k in config})
     arguments.gradient_checkpointing = False
     quantization = QuantizationArguments(**{k: config[k] for k in QuantizationArguments.__dataclass_fields__ if k in config})
@@ -114,16 +122,19 @@ def restore_classifier(
     if "processor" in checkpoint: processor = type(processor).from_dict(checkpoint["processor"])
     return Classifier(model, processor, list(names), config)
 
-# %% ../nbs/07_inference.ipynb #a13e18cc
+# %% ../nbs/07_inference.ipynb #00efba9b
 def load_classifier(
     path: str | Path,               # a checkpoint, a run's folder, or a folder from `save_pretrained`
     device: str | None = None,      # None: a GPU if there is one
-    model_name: str | None = None,  # only for checkpoints that do not name their backbone
+    model_name: str | None = None,  # if the checkpoint does not name its backbone, or it has moved
 ) -> Classifier:
     "A classifier ready to predict."
     path = Path(path)
     if (path / "config.json").exists():
-        model = AutoModelForImageClassification.from_pretrained(path)
+        try: model = AutoModelForImageClassification.from_pretrained(path)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} holds no classifier that can be loaded: name a run's folder, a .pt file, "
+                            "or a folder written by save_pretrained.") from error
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
         classifier = Classifier(model, AutoImageProcessor.from_pretrained(path), names, {})
     else:
@@ -143,7 +154,7 @@ def match_labels(
                         f"it knows {', '.join(class_names[:10])}.")
     return torch.tensor([class_names.index(name) for name in dataset_names])
 
-# %% ../nbs/07_inference.ipynb #56775be2
+# %% ../nbs/07_inference.ipynb #47c7fbe8
 def evaluate_classifier(
     classifier: Classifier,
     data: PreparedDataset,           # its validation split is scored
@@ -152,10 +163,11 @@ def evaluate_classifier(
     num_workers: int | None = None,  # None: found from the number of cores
 ) -> Scores:                         # recall in the order of the classifier's classes
     "Loss, top-1, top-5 and per-class recall on a dataset's validation split."
+    check_range("batch_size", batch_size, 1)
     positions = match_labels(classifier.class_names, data.class_names)
     collator = Collator(classifier.processor, on_bad_image)
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator(TrainArguments(mixed_precision="no"))
     rows = ImageRows(data.validation, data.image_column, data.label_column)
     loader = accelerator.prepare(make_loader(rows, collator, batch_size, None, num_workers))
-    logits, labels = collect_logits(classifier.model.to(accelerator.device), loader, accelerator)
-    return score(logits, positions[labels])
+    logits, labels, unread = collect_logits(classifier.model.to(accelerator.device), loader, accelerator)
+    return score(logits, positions[labels], unread)

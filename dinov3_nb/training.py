@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parameter_groups', 'make_optimizer', 'make_scheduler', 'choose_precision', 'make_accelerator', 'make_loaders',
-           'collect_logits', 'Scores', 'score', 'train_step', 'groups_of', 'step_seed', 'TrainingState', 'restore',
-           'check_finite', 'fit', 'plot_history', 'Tracker']
+           'collect_logits', 'Scores', 'score', 'train_step', 'groups_of', 'step_seed', 'log_unread', 'TrainingState',
+           'restore', 'check_finite', 'fit', 'plot_history', 'Tracker']
 
 # %% ../nbs/05_training.ipynb #a6615e72
 import itertools
@@ -102,27 +102,28 @@ def make_loaders(
     return (make_loader(rows, train, size, sampler, workers),
             make_loader(held_out, Collator(processor, bad), max(32, size), None, workers))
 
-# %% ../nbs/05_training.ipynb #620951d3
+# %% ../nbs/05_training.ipynb #b5eef0cb
 @torch.no_grad()
 def collect_logits(
     model: nn.Module,                   # left in the mode it was found in
     loader: Iterable[dict],
     accelerator: Accelerator,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (images, num_classes) float32, (images,) int64, on the CPU
-    "Logits and labels of every image that could be read, in the loader's order."
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:  # (images, num_classes) float32, (images,) int64, unread
+    "Logits and labels of every image that could be read, on the CPU, in order; what could not be read."
     was_training = model.training
     model.eval()
-    logits, labels = [], []
+    logits, labels, unread = [], [], []
     for batch in loader:
+        unread += batch["skipped"]
         if not len(batch["labels"]): continue
         output = model(pixel_values=batch["pixel_values"]).logits.float()
         output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
         logits.append(output.cpu()); labels.append(truth.cpu())
     model.train(was_training)
-    if not logits: raise UserError("No validation image could be read: see the skipped rows.")
-    return torch.cat(logits), torch.cat(labels)
+    if not logits: raise UserError(f"No validation image could be read; the first: {unread[0]}.")
+    return torch.cat(logits), torch.cat(labels), unread
 
-# %% ../nbs/05_training.ipynb #98b7db17
+# %% ../nbs/05_training.ipynb #993cfd1f
 @dataclass
 class Scores:
     "What a model is worth on a set of images."
@@ -131,18 +132,20 @@ class Scores:
     top5: float          # share whose label is among the five largest
     recall: list[float]  # per class: share of its images that were found; nan without images
     num_images: int
+    unread: list[str]    # messages of images that could not be read and are in none of the figures
 
 
 def score(
     logits: torch.Tensor,  # (images, num_classes)
     labels: torch.Tensor,  # (images,) int64
+    unread: list[str] = [],
 ) -> Scores:
     "Loss, top-1, top-5 and per-class recall over all images at once."
     right = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
     recall = [right[labels == c].float().mean().item() for c in range(logits.shape[1])]
     return Scores(F.cross_entropy(logits, labels).item(), right.float().mean().item(),
-                  top5.float().mean().item(), recall, len(labels))
+                  top5.float().mean().item(), recall, len(labels), list(unread))
 
 # %% ../nbs/05_training.ipynb #97cf8015
 def train_step(
@@ -181,7 +184,19 @@ def step_seed(
     "The random seed of one step."
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
-# %% ../nbs/05_training.ipynb #b0b7ef48
+# %% ../nbs/05_training.ipynb #8aad8c26
+def log_unread(
+    messages: list[str],          # of one batch, or of one validation
+    split: str,                   # "train" or "validation"
+    unread: set,                  # what was logged before; changed in place
+    log: Callable[[str], None],
+) -> None:
+    "Log images that could not be read, each of them once."
+    for message in messages:
+        if (split, message) not in unread: log(f"skipped ({split}): {message}")
+        unread.add((split, message))
+
+# %% ../nbs/05_training.ipynb #dae19fc7
 @dataclass
 class TrainingState:
     "A run in progress."
@@ -193,6 +208,7 @@ class TrainingState:
     epoch: int = 0                    # epochs begun, counted from 1
     best_acc: float = -1.0            # best validation accuracy so far, 0 to 1; -1 before the first
     history: list[dict] = field(default_factory=list)  # one entry for each validation
+    total_steps: int = 0              # of the whole run
 
 
 def restore(
@@ -207,19 +223,20 @@ def restore(
     state.step, state.epoch, state.best_acc = start["step"], start["epoch"], start["best_acc"]
     state.history = list(start["history"])
 
-# %% ../nbs/05_training.ipynb #f9f76d91
+# %% ../nbs/05_training.ipynb #2400e5ba
 def check_finite(
-    loss: float,                # mean training loss since the last look
+    loss: float,                # mean training loss since the last look, or the validation loss
     step: int,                  # for the message
     arguments: TrainArguments,  # for the message
+    kind: str = "training",     # or "validation"
 ) -> None:
     "Stop a run whose loss is no longer a number."
     if math.isfinite(loss): return
     raise UserError(
-        f"The training loss is {loss} by step {step}: the run cannot recover and was stopped before saving. "
+        f"The {kind} loss is {loss} by step {step}: the run cannot recover and was stopped before saving. "
         f"Try a lower --learning_rate than {arguments.learning_rate}, or --mixed_precision no.")
 
-# %% ../nbs/05_training.ipynb #3874b5ea
+# %% ../nbs/05_training.ipynb #6cee8e41
 def fit(
     model: nn.Module,              # from `build_classifier`
     train_loader: DataLoader,      # with an `EpochSampler` and a `Collator`
@@ -242,11 +259,11 @@ def fit(
     optimizer = accelerator.prepare(make_optimizer(plain_model, arguments))
     train_loader, validation_loader = accelerator.prepare(train_loader, validation_loader)
     scheduler = make_scheduler(optimizer.optimizer, total_steps, arguments.warmup_ratio)
-    state = TrainingState(plain_model, optimizer, scheduler, accelerator.scaler)
+    state = TrainingState(plain_model, optimizer, scheduler, accelerator.scaler, total_steps=total_steps)
     if start: restore(state, start)
     bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=None, leave=False)
 
-    loss_sum, seen, since = 0.0, 0, time.perf_counter()
+    loss_sum, seen, since, unread = 0.0, 0, time.perf_counter(), set()
     for epoch in range(state.step // steps_per_epoch, arguments.epochs):
         sampler.epoch = collator.epoch = epoch
         sampler.start = (state.step - epoch * steps_per_epoch) * images_per_step
@@ -257,18 +274,21 @@ def fit(
             loss, count = train_step(model, batches, optimizer, accelerator)
             scheduler.step()
             loss_sum, seen, state.step = loss_sum + loss, seen + count, state.step + 1
-            for message in itertools.chain(*(b["skipped"] for b in batches)): log(f"skipped: {message}")
+            for batch in batches: log_unread(batch["skipped"], "train", unread, log)
             bar.update()
             last_of_epoch = state.step == (epoch + 1) * steps_per_epoch
             due = state.step % arguments.eval_every_steps == 0 or last_of_epoch
             if seen and (due or state.step % 10 == 0):
                 check_finite(float(loss_sum) / seen, state.step, arguments)
             if not due: continue
+            if not seen: raise UserError(f"No training image of the last steps could be read, by step {state.step}.")
 
             speed = seen * accelerator.num_processes / (time.perf_counter() - since)
             everywhere = accelerator.reduce(torch.tensor([loss_sum, seen], device=accelerator.device), "sum")
-            train_loss = (everywhere[0] / everywhere[1].clamp(min=1)).item()
+            train_loss = (everywhere[0] / everywhere[1]).item()
             scores = score(*collect_logits(model, validation_loader, accelerator))
+            log_unread(scores.unread, "validation", unread, log)
+            check_finite(scores.loss, state.step, arguments, "validation")
             figures = dict(train_loss=train_loss, val_loss=scores.loss, val_acc=scores.accuracy,
                            learning_rate=scheduler.get_last_lr()[0], images_per_second=speed)
             is_best = scores.accuracy > state.best_acc
@@ -282,6 +302,7 @@ def fit(
                 if save and is_best: log(f"Saved new best model with accuracy: {scores.accuracy:.2%}")
             loss_sum, seen, since = 0.0, 0, time.perf_counter()
     bar.close()
+    if unread: log(f"Images skipped in all: {len(unread)}")
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes the autocast off again
     return state
 

@@ -87,6 +87,9 @@ def bad_input(images, tmp_path):
     for i in range(3):
         (tmp_path / "single" / "only").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "single" / "only" / f"{i}.png")
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "flat" / split / "0.png")
     return {
         "unknown dataset": ("train", "--dataset", "nobody/nothing", "--model_name", "tiny"),
         "no such folder": ("train", "--dataset", "./missing", "--model_name", "tiny"),
@@ -109,6 +112,9 @@ def bad_input(images, tmp_path):
         "unreadable checkpoint": ("predict", "--checkpoint", "notes.pt", "picture.png"),
         "missing checkpoint": ("predict", "--checkpoint", "none.pt", "picture.png"),
         "no checkpoint flag": ("predict", "picture.png"),
+        "checkpoint_dir is a file": (*TRAIN, "--checkpoint_dir", "picture.png"),
+        "nested without 4-bit": (*TRAIN, "--use_nested_quant"),
+        "images directly in train": ("train", "--dataset", "flat", "--model_name", "tiny"),
         "unknown command": ("tarin",),
     }
 
@@ -131,7 +137,8 @@ def test_bad_image_stops_or_is_skipped(tmp_path):
     assert stopped.returncode == 2 and "0.png" in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
     skipped = command(*base, "--checkpoint_dir", "b", "--on_bad_image", "skip", cwd=tmp_path)
     assert skipped.returncode == 0, skipped.stderr
-    assert sum("skipped" in line for line in skipped.stdout.splitlines()) == 1, skipped.stdout
+    lines = skipped.stdout.splitlines()
+    assert sum(line.startswith("skipped (train): ") for line in lines) == 1 and "Images skipped in all: 1" in lines, lines
 
 
 # Each pair differs in one flag; if the flag did nothing, the two runs would leave the same trace.
@@ -209,5 +216,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     for key, value in a["model_state_dict"].items(): assert torch.equal(value, b["model_state_dict"][key]), key
     differ = command(*base, "--checkpoint_dir", "cut", "--resume", "--learning_rate", "1", cwd=tmp_path)
     assert differ.returncode == 2 and "learning_rate was 0.0005, now 1.0" in differ.stderr
+    over = command(*base, "--checkpoint_dir", "cut", "--resume", cwd=tmp_path)
+    assert over.returncode == 2 and "is complete (270 steps)" in over.stderr
     again = command(*base, "--checkpoint_dir", "cut", cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already" in again.stderr
