@@ -20,15 +20,16 @@ from PIL import Image
 
 
 def shrink_figures(notebook):
-    "Store each PNG with at most 256 colours."
+    "Store each PNG at most 900 pixels wide and with at most 64 colours."
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" not in data: continue
             text = data["image/png"]
             image = Image.open(io.BytesIO(base64.b64decode(text if isinstance(text, str) else "".join(text))))
+            image.thumbnail((900, 2000), Image.Resampling.LANCZOS)
             small = io.BytesIO()
-            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+            image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
             data["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 
