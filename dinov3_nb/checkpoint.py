@@ -159,8 +159,9 @@ def checkpoint_saver(
         save_atomically(checkpoint, folder / "last.pt")
     return save
 
-# %% ../nbs/06_checkpoint.ipynb #d95a031a
-MAY_DIFFER = {"checkpoint_dir", "resume", "overwrite", "num_workers", "project_name", "no_tracking", "on_bad_image"}
+# %% ../nbs/06_checkpoint.ipynb #8994c62f
+MAY_DIFFER = {"checkpoint_dir", "resume", "overwrite", "num_workers", "project_name", "no_tracking", "on_bad_image",
+              "cache_features", "cache_dir"}
 
 
 def differences(

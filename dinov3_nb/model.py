@@ -342,7 +342,7 @@ class DinoV3MLPConfig(DinoV3Config):
     model_type = "dinov3_mlp_classifier"
     def __init__(self, **kwargs: Any): super().__init__(**kwargs)
 
-# %% ../nbs/02_model.ipynb #a709c5de
+# %% ../nbs/02_model.ipynb #8cc6df42
 class DinoV3Classifier(PreTrainedModel):
     "What the two classifiers share; the subclasses say what the head is."
     config_class, base_model_prefix, main_input_name = DinoV3Config, "backbone", "pixel_values"
@@ -378,9 +378,10 @@ class DinoV3Classifier(PreTrainedModel):
             return pool_tokens(tokens, self.num_registers, self.config.pool)
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+        self, pixel_values: torch.Tensor | None = None, labels: torch.Tensor | None = None,
+        features: torch.Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
-        features = self.features(pixel_values)
+        if features is None: features = self.features(pixel_values)
         with torch.autocast(features.device.type, enabled=False):
             logits = self.classify(features.float())
             loss = None if labels is None else F.cross_entropy(logits, labels)

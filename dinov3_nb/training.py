@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['parameter_groups', 'make_optimizer', 'make_scheduler', 'choose_precision', 'make_accelerator', 'make_loaders',
-           'collect_logits', 'Scores', 'score', 'train_step', 'groups_of', 'step_seed', 'log_unread', 'TrainingState',
-           'restore', 'check_finite', 'fit', 'plot_history', 'Tracker']
+           'make_feature_loaders', 'model_inputs', 'collect_logits', 'Scores', 'score', 'train_step', 'groups_of',
+           'step_seed', 'seed_step', 'log_unread', 'TrainingState', 'restore', 'check_finite', 'fit', 'plot_history',
+           'Tracker']
 
-# %% ../nbs/05_training.ipynb #a6615e72
+# %% ../nbs/05_training.ipynb #a0072166
 import itertools
 import math
 import time
@@ -26,6 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .config import DataArguments, TrainArguments, UserError
 from .data import Collator, EpochSampler, ImageRows, PreparedDataset, make_loader
+from .features import FastProcessor, Features, feature_loader
 from .quantization import adamw_8bit, cpu_has_bfloat16, quantized_layers
 
 # %% ../nbs/05_training.ipynb #01480983
@@ -40,7 +42,7 @@ def parameter_groups(
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
 
-# %% ../nbs/05_training.ipynb #b652eb16
+# %% ../nbs/05_training.ipynb #3613029a
 def make_optimizer(
     model: nn.Module,           # on the device it will train on
     arguments: TrainArguments,  # learning rate and weight decay
@@ -48,8 +50,8 @@ def make_optimizer(
     "AdamW over the trainable parameters."
     groups = parameter_groups(model, arguments.weight_decay)
     if quantized_layers(model): return adamw_8bit(groups, arguments.learning_rate)
-    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=on_cuda or None)
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=fused or None)
 
 # %% ../nbs/05_training.ipynb #88301db5
 def make_scheduler(
@@ -86,15 +88,17 @@ def make_accelerator(
     precision = choose_precision(arguments.mixed_precision, device_type, quantized)
     return Accelerator(mixed_precision=precision)
 
-# %% ../nbs/05_training.ipynb #7bd2241f
+# %% ../nbs/05_training.ipynb #06cc0c81
 def make_loaders(
     data: PreparedDataset,
     processor: Any,                  # the checkpoint's image processor
     data_arguments: DataArguments,
     arguments: TrainArguments,       # batch size and seed
+    preprocess: str = "processor",   # or "fast": a `FastProcessor`
 ) -> tuple[DataLoader, DataLoader]:  # training, validation
     "Loaders over both splits."
     bad, workers = data_arguments.on_bad_image, data_arguments.num_workers
+    if preprocess == "fast": processor = FastProcessor(processor)
     train = Collator(processor, bad, data_arguments.augment, arguments.seed)
     sampler = EpochSampler(len(data.train), arguments.seed)
     size = arguments.batch_size
@@ -102,7 +106,28 @@ def make_loaders(
     return (make_loader(rows, train, size, sampler, workers),
             make_loader(held_out, Collator(processor, bad), max(32, size), None, workers))
 
-# %% ../nbs/05_training.ipynb #b5eef0cb
+# %% ../nbs/05_training.ipynb #38944ec7
+def make_feature_loaders(
+    data: PreparedDataset,
+    features: dict[str, Features],   # of "train" and "validation"
+    pool: str,                       # "cls", "mean" or "cls_mean"
+    arguments: TrainArguments,       # batch size and seed
+) -> tuple[DataLoader, DataLoader]:  # training, validation
+    "The loaders of `make_loaders`, with features in place of pixels."
+    def labels(split): return torch.tensor(split[data.label_column][:], dtype=torch.int64)
+    sampler, size = EpochSampler(len(data.train), arguments.seed), arguments.batch_size
+    return (feature_loader(features["train"], labels(data.train), pool, size, sampler),
+            feature_loader(features["validation"], labels(data.validation), pool, max(32, size)))
+
+
+def model_inputs(
+    batch: dict,  # of either kind of loader
+) -> dict:        # for the model's forward
+    "Features where the batch has them, pixels otherwise."
+    name = "features" if "features" in batch else "pixel_values"
+    return {name: batch[name]}
+
+# %% ../nbs/05_training.ipynb #74da43bf
 @torch.no_grad()
 def collect_logits(
     model: nn.Module,                   # left in the mode it was found in
@@ -116,7 +141,7 @@ def collect_logits(
     for batch in loader:
         unread += batch["skipped"]
         if not len(batch["labels"]): continue
-        output = model(pixel_values=batch["pixel_values"]).logits.float()
+        output = model(**model_inputs(batch)).logits.float()
         output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
         logits.append(output.cpu()); labels.append(truth.cpu())
     model.train(was_training)
@@ -147,7 +172,7 @@ def score(
     return Scores(F.cross_entropy(logits, labels).item(), right.float().mean().item(),
                   top5.float().mean().item(), recall, len(labels), list(unread))
 
-# %% ../nbs/05_training.ipynb #97cf8015
+# %% ../nbs/05_training.ipynb #fb83f992
 def train_step(
     model: nn.Module,
     batches: list[dict],  # accumulated into one step; images that could not be read are not in them
@@ -159,7 +184,7 @@ def train_step(
     for batch in batches:
         count = len(batch["labels"])
         if not count: continue
-        loss = model(pixel_values=batch["pixel_values"], labels=batch["labels"]).loss
+        loss = model(**model_inputs(batch), labels=batch["labels"]).loss
         accelerator.backward(loss * (count / total))
         loss_sum += loss.detach() * count
     if total: optimizer.step()
@@ -183,6 +208,15 @@ def step_seed(
 ) -> int:              # 32-bit seed, well mixed (numpy's SeedSequence)
     "The random seed of one step."
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
+
+# %% ../nbs/05_training.ipynb #4843caba
+def seed_step(
+    seed: int,              # from `step_seed`
+    device: torch.device,   # the one that computes
+) -> None:
+    "Set the random generators that dropout and augmentation draw from."
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu": torch.manual_seed(seed)
 
 # %% ../nbs/05_training.ipynb #8aad8c26
 def log_unread(
@@ -236,7 +270,7 @@ def check_finite(
         f"The {kind} loss is {loss} by step {step}: the run cannot recover and was stopped before saving. "
         f"Try a lower --learning_rate than {arguments.learning_rate}, or --mixed_precision no.")
 
-# %% ../nbs/05_training.ipynb #6cee8e41
+# %% ../nbs/05_training.ipynb #0aa41d6e
 def fit(
     model: nn.Module,              # from `build_classifier`
     train_loader: DataLoader,      # with an `EpochSampler` and a `Collator`
@@ -270,7 +304,7 @@ def fit(
         state.epoch = epoch + 1
         model.train()
         for batches in groups_of(train_loader, group):
-            torch.manual_seed(step_seed(arguments.seed, state.step, accelerator.process_index))
+            seed_step(step_seed(arguments.seed, state.step, accelerator.process_index), accelerator.device)
             loss, count = train_step(model, batches, optimizer, accelerator)
             scheduler.step()
             loss_sum, seen, state.step = loss_sum + loss, seen + count, state.step + 1

@@ -6,10 +6,12 @@ import base64
 import io
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in stored outputs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DINOV3_NB_CACHE", tempfile.mkdtemp())  # outputs do not depend on earlier runs
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell

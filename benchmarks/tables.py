@@ -1,0 +1,98 @@
+"""Write the tables of README.md from results.
+
+    python benchmarks/tables.py               # every file in benchmarks/results/
+    python benchmarks/tables.py a.json b.json  # these
+"""
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+
+
+def table(head, rows):
+    "Markdown; the first column to the left, the others to the right."
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def conditions(result):
+    "The machine in one line."
+    m = result["machine"]
+    device = f"{m['gpu']}, CUDA {m['cuda']}" if m["gpu"] else m["cpu"]
+    packages = ", ".join(f"{name} {m[name]}" for name in ("torch", "torchvision", "transformers"))
+    return f"*{device}, {m['cores']} cores; {packages}; Python {m['python']}.*"
+
+
+def frozen_run(r):
+    "Seconds, accuracy and memory of the three sides."
+    rows = []
+    for name, runs in r["sides"].items():
+        seconds, first = [run["seconds"] for run in runs], runs[0]
+        middle = statistics.median(seconds)
+        ratio = "1" if name == "plain" else f"{r['ratio'] if name == 'train' else r['ratio_second']:,.1f}"
+        rows.append([name, f"{middle:,.2f}", f"{min(seconds):,.2f} to {max(seconds):,.2f}", ratio,
+                     f"{first['accuracy']:.2%}", f"{first['last_accuracy']:.2%}", f"{first['loss']:.6f}",
+                     f"{max(run['peak_mb'] for run in runs):,.0f}"])
+    head = ["side", "seconds (median)", "spread", "times faster", "best accuracy", "last accuracy",
+            "last loss", "peak MB"]
+    a = r["arguments"]
+    said = (f"{conditions(r)} Batch {a['batch_size']}, {a['epochs']} epochs, validation every "
+            f"{a['eval_every_steps']} steps, precision {a['precision'].replace('no', 'float32')}, "
+            f"{a['repeats']} repeats. The plain loop sends {r['passes']:,} images through the backbone where "
+            f"{r['images']:,} suffice: {r['ceiling']:.2f} times as many. Largest difference between logged "
+            f"losses of plain and train: {r['loss_difference']:.1e}.")
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def forward(r):
+    "Three tables: the backbone, preprocessing, the whole pass."
+    name = {"no": "float32", "bf16": "bfloat16 autocast"}
+    speeds = table(["precision", "kind", "batch", "images/s", "share of the matrix product"],
+                   [[name[f["precision"]], f["kind"], f["batch_size"], f"{f['images_per_second']:.1f}",
+                     f"{f['share']:.0%}"] for f in r["forward"]])
+    rates = ", ".join(f"{name[k].split()[0]} {v:,.0f}" for k, v in r["matmul_gflops"].items())
+    ms = r["preprocess_ms"]
+    prepared = table(["preprocessing, one core", "ms an image", "images/s", "of the processor's time"],
+                     [[k, f"{v:.2f}", f"{1e3 / v:,.0f}", f"{v / ms['processor']:.2f}"]
+                      for k, v in ms.items()])
+    whole = table(["workers of the pass", "seconds", "CPU seconds", "of forward + preprocessing alone"],
+                  [["default" if p["num_workers"] is None else p["num_workers"], f"{p['wall']:.1f}",
+                    f"{p['cpu']:.1f}", f"{p['ratio']:.3f}"] for p in r["pass"]])
+    return f"{speeds}\n\nMatrix product, GFLOP/s: {rates}.\n\n{prepared}\n\n{whole}\n\n{conditions(r)}"
+
+
+def gpu(r):
+    "Three tables: the backbone, the pass from files, memory."
+    def mb(size): return "" if size is None else f"{size / 1e6:,.0f}"
+    speeds = table(["model", "precision", "kind", "batch", "images/s", "ceiling", "share"],
+                   [[f["model"], f["precision"].replace("no", "float32"),
+                     "compiled" if f["compiled"] else "eager", f["batch_size"],
+                     f"{f['images_per_second']:,.0f}", f"{f['ceiling']:,.0f}",
+                     f"{f['share']:.0%}"] for f in r["forward"]])
+    files = table(["model, from JPEG files", "preprocessing", "images/s"],
+                  [[p["model"], p["preprocess"], f"{p['images_per_second']:,.0f}"] for p in r["pass"]])
+    memory = table(["model", "weights", "held MB", "peak MB while loading", "peak MB of a forward pass"],
+                   [[m["model"], m["kind"], mb(m["held"]), mb(m["peak_loading"]), mb(m["peak"])]
+                    for m in r["memory"]])
+    frozen = [frozen_run(r["frozen_run"])] if r["frozen_run"] else []
+    return "\n\n".join([speeds, files, memory, conditions(r), *frozen])
+
+
+def main():
+    files = [Path(f) for f in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
+    text = README.read_text()
+    for file in files:
+        result = json.loads(file.read_text())
+        name = result["benchmark"] + ("_pair" if result["arguments"].get("pair") else "")
+        made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu}[result["benchmark"]](result)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        print(f"{file}: {name}" if found else f"{file}: README.md has no place for {name}")
+    README.write_text(text)
+
+
+if __name__ == "__main__": main()

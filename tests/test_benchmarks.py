@@ -1,0 +1,52 @@
+"The benchmarks run, on very little, and both ways of a frozen run learn the same. Nothing here is timed."
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    "Run a script's main with flags: its exit code, and what it wrote with --json."
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    def run(name, *flags):
+        file = tmp_path / "results.json"
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags), "--json", str(file)])
+        code = importlib.import_module(name).main()
+        return code, json.loads(file.read_text()) if file.exists() else None
+    return run
+
+
+def test_forward(benchmark):
+    code, result = benchmark("forward", "--model", "toy", "--images", 2, "--pass_images", 20,
+                             "--batch_sizes", 2, "--repeats", 1)
+    assert code == 0 and len(result["forward"]) == 2 and len(result["pass"]) == 4
+    assert set(result["preprocess_ms"]) >= {"processor", "fast"}
+
+
+def test_gpu_dry_run_and_the_frozen_run_in_it(benchmark):
+    code, result = benchmark("gpu", "--dry_run", "--no_compile")
+    assert code == 0 and result["skipped"] == [] and len(result["memory"]) == 4
+    frozen = result["frozen_run"]
+    assert frozen["equal_accuracy"] and frozen["loss_difference"] < 1e-4
+    assert [len(runs[0]["curve"]) for runs in frozen["sides"].values()] == [4, 4, 4]  # steps 2, 3, 4 and 6
+    assert (frozen["passes"], frozen["ceiling"]) == (2 * 20 + 4 * 10, 80 / 30)
+
+
+def test_gpu_without_one(benchmark, capsys):
+    if torch.cuda.is_available(): pytest.skip("there is a GPU")
+    assert benchmark("gpu") == (2, None)
+    said = "gpu.py: there is no CUDA device here; --dry_run runs every line on the CPU.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_operations_of_an_image(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from common import gflop
+    sizes = "vits16", "vitb16", "vitl16", "vith16plus"
+    assert [round(gflop(size), 2) for size in sizes] == [9.40, 35.86, 125.68, 344.23]

@@ -1,0 +1,246 @@
+"Kept features under bad luck: kills, damage, two runs at once, a full disk; and the runs that use them."
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dinov3_nb.cache as cache
+from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, load_backbone, train
+from dinov3_nb.config import FeatureArguments
+from dinov3_nb.data import ImageRows, load_and_prepare_dataset
+from dinov3_nb.features import PassOptions, extract_features
+from dinov3_nb.model import load_processor
+from helpers import ENVIRONMENT, command, make_image_folder
+
+FORK = multiprocessing.get_context("fork")
+OPTIONS = PassOptions()
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.set_num_threads(1)  # children are forked
+    data = load_and_prepare_dataset(DataArguments(dataset="digits"))
+    backbone, processor, rows = load_backbone("tiny"), load_processor("tiny"), ImageRows(data.train)
+    return backbone, rows, processor, extract_features(backbone, rows, processor)
+
+
+def keep(parts, folder, log=lambda line: None):
+    backbone, rows, processor, _ = parts
+    return cache.kept_features(backbone, {"train": rows}, processor, OPTIONS, folder, log)["train"]
+
+
+def same(parts, found):
+    return torch.equal(found.cls, parts[3].cls) and torch.equal(found.mean, parts[3].mean)
+
+
+def slow_down(backbone, seconds, calls=None):
+    def wait(module, inputs):
+        time.sleep(seconds)
+        if calls is not None: calls.append(1)
+    return backbone.register_forward_pre_hook(wait)
+
+
+def make_slowly(parts, folder):
+    cache.SAVE_SECONDS = 0.05
+    slow_down(parts[0], 0.012)
+    keep(parts, folder)
+
+
+def test_killed_ten_times(parts, tmp_path):
+    chance, saved = random.Random(0), []
+    for _ in range(10):
+        child = FORK.Process(target=make_slowly, args=(parts, tmp_path))
+        child.start()
+        time.sleep(chance.uniform(0.02, 0.4))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        records = [cache.read_record(place) for place in tmp_path.glob("*.partial")]
+        saved.append(max([r["chunks"][-1][0] for r in records if r and r["chunks"]], default=0))
+    assert saved == sorted(saved) and 0 < saved[-1] < 1437, saved  # never back, and not by luck finished
+    calls = []
+    hook = slow_down(parts[0], 0, calls)
+    assert same(parts, keep(parts, tmp_path))
+    hook.remove()
+    assert len(calls) < 180 - saved[-1] // 8 + 2, (len(calls), saved)  # it went on, it did not start again
+
+
+def test_any_damage_is_noticed(parts, tmp_path):
+    keep(parts, tmp_path)
+    place, = (p for p in tmp_path.iterdir() if not p.name.startswith("."))
+    chance = random.Random(0)
+    for file in ("cls.npy", "mean.npy", "entry.json"):
+        whole = (place / file).read_bytes()
+        for position in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(1))]:
+            damaged = bytearray((place / file).read_bytes())
+            damaged[position % len(damaged)] ^= 1 << chance.randrange(8)
+            (place / file).write_bytes(damaged)
+            assert same(parts, keep(parts, tmp_path)), (file, position)
+        (place / file).write_bytes(whole[:len(whole) // 2])
+        assert same(parts, keep(parts, tmp_path)), file
+        (place / file).unlink()
+        assert same(parts, keep(parts, tmp_path)), file
+
+
+def keep_together(parts, folder, barrier, answers):
+    calls, said = [], []
+    slow_down(parts[0], 0.005, calls)
+    barrier.wait()
+    answers.put((same(parts, keep(parts, folder, said.append)), len(calls), any("waiting" in line for line in said)))
+
+
+def test_two_at_once(parts, tmp_path):
+    barrier, answers = FORK.Barrier(2), FORK.Queue()
+    children = [FORK.Process(target=keep_together, args=(parts, tmp_path, barrier, answers)) for _ in range(2)]
+    for child in children: child.start()
+    found = [answers.get(timeout=120) for _ in children]
+    for child in children: child.join()
+    assert all(right for right, _, _ in found), found
+    assert sorted(calls for _, calls, _ in found) == [0, 180], found   # one computed all of it
+    assert sum(waited for _, _, waited in found) == 1, found          # the other waited
+
+
+def test_a_lock_dies_with_its_process(parts, tmp_path):
+    child = FORK.Process(target=make_slowly, args=(parts, tmp_path))
+    child.start()
+    time.sleep(0.5)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    said = []
+    assert same(parts, keep(parts, tmp_path, said.append))
+    assert not any("waiting" in line for line in said)
+
+
+def test_write_error_in_the_middle(parts, tmp_path, monkeypatch):
+    "A limit on the size of files stands in for a disk that fills up during the pass."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(cache, "SAVE_SECONDS", 0.0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        with pytest.raises(UserError, match="cannot be written .*: choose another --cache_dir"): keep(parts, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    said = []
+    assert same(parts, keep(parts, tmp_path, said.append))
+    assert any("going on behind image" in line for line in said), said
+
+
+FULL_DISK = """
+mount -t tmpfs -o size={size} tmpfs {place} && cd {work} &&
+{command} train --dataset digits --model_name tiny --no_tracking --epochs 1 --cache_dir {place}
+"""
+
+
+def on_small_disk(tmp_path, size, *setup):
+    place = tmp_path / "disk"
+    place.mkdir()
+    script = FULL_DISK.format(size=size, place=place, work=tmp_path, command=Path(sys.executable).with_name("dinov3-nb"))
+    run = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True, text=True,
+                         env=ENVIRONMENT, timeout=300)
+    if "mount:" in run.stderr or "unshare:" in run.stderr: pytest.skip(f"no mounting here: {run.stderr.strip()}")
+    return run
+
+
+def test_full_disk(tmp_path):
+    run = on_small_disk(tmp_path, "1m")
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("dinov3-nb: The features need 1.5 MB and ") and run.stderr.count("\n") == 1, run.stderr
+    assert "choose another --cache_dir" in run.stderr
+
+
+def test_large_enough_disk(tmp_path):
+    run = on_small_disk(tmp_path, "4m")
+    assert run.returncode == 0, run.stderr
+
+
+def test_unusable_folder(parts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --cache_dir"): keep(parts, tmp_path / "file")
+
+
+def run(tmp_path, name, dataset="digits", cache_features="auto", **training):
+    lines, skip = [], {"on_bad_image": "skip"} if dataset != "digits" else {}
+    arguments = TrainArguments(**{**dict(checkpoint_dir=str(tmp_path / name), no_tracking=True, epochs=2, mixed_precision="no",
+                                         batch_size=32, eval_every_steps=20), **training})
+    state = train(DataArguments(dataset=dataset, **skip), ModelArguments(model_name="tiny", dropout=0.1), train_arguments=arguments,
+                  feature_arguments=FeatureArguments(cache_features=cache_features, cache_dir=str(tmp_path / "kept")), log=lines.append)
+    return state, [line for line in lines if not line.startswith(("Features", "Done"))]
+
+
+def test_same_run_with_and_without(tmp_path):
+    (plain, said), (kept, kept_said) = run(tmp_path, "plain", cache_features="never"), run(tmp_path, "kept")
+    assert said == kept_said
+    for a, b in zip(plain.history, kept.history):
+        assert all(abs(a[key] - b[key]) < 1e-4 for key in ("train_loss", "val_loss", "val_acc", "learning_rate"))
+    old, new = (torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("plain", "kept"))
+    assert old.keys() == new.keys()
+    for key, value in old["model_state_dict"].items(): assert torch.allclose(value, new["model_state_dict"][key], atol=1e-4)
+
+
+def test_bad_images_with_and_without(tmp_path):
+    folder = make_image_folder(tmp_path / "images")
+    next((folder / "train").rglob("*.png")).write_bytes(b"no image")
+    next((folder / "val").rglob("*.png")).write_bytes(b"no image")
+    _, said = run(tmp_path, "plain", str(folder), "never")
+    for name in ("made", "kept"):
+        _, kept_said = run(tmp_path, name, str(folder))
+        assert said == kept_said and sum("skipped (" in line for line in said) == 2
+    with pytest.raises(UserError, match="cannot be decoded.*mend it"):
+        train(DataArguments(dataset=str(folder)), ModelArguments(model_name="tiny"), train_arguments=TrainArguments(
+            checkpoint_dir=str(tmp_path / "stopped"), no_tracking=True, mixed_precision="no"),
+            feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")))
+
+
+def test_nothing_kept_where_features_change(tmp_path):
+    for name, data, model in (("augmented", {"augment": "crop_flip"}, {}), ("unfrozen", {}, {"freeze_backbone": False})):
+        train(DataArguments(dataset="digits", train_split_ratio=0.05, val_split_ratio=0.05, **data), ModelArguments(model_name="tiny", **model),
+              train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / name), no_tracking=True, epochs=1, mixed_precision="no"),
+              feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")), log=lambda line: None)
+    assert cache.list_entries(tmp_path / "kept") == []
+
+
+def test_automatic_rate_survives_a_resume(tmp_path):
+    whole, said = run(tmp_path, "whole", learning_rate="auto")
+    assert any("learning rate" in line.lower() for line in said), said
+
+    class Stop(Exception): pass
+
+    def stop(line):
+        if "step 60" in line: raise Stop
+    common = dict(no_tracking=True, epochs=2, mixed_precision="no", batch_size=32, eval_every_steps=20, learning_rate="auto")
+    rest = dict(feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")))
+    with pytest.raises(Stop):
+        train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny", dropout=0.1),
+              train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), **common), log=stop, **rest)
+    resumed = train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny", dropout=0.1),
+                    train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), resume=True, **common), **rest)
+    assert torch.equal(whole.model.head.weight, resumed.model.head.weight)
+
+
+def test_features_command(tmp_path):
+    shown = command("features", "list", "--cache_dir", str(tmp_path), cwd=tmp_path)
+    assert shown.returncode == 0 and "0 entries" in shown.stdout, shown
+    wrong = command("features", "clear", "abc", "--cache_dir", str(tmp_path), cwd=tmp_path)
+    assert wrong.returncode == 2 and "begin with 'abc'" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_fast_preprocessing_in_every_kind_of_run(tmp_path):
+    for name, model in (("frozen", {}), ("unfrozen", {"freeze_backbone": False})):
+        losses = []
+        for preprocess in ("processor", "fast"):
+            state = train(DataArguments(dataset=str(tmp_path / "images") if (tmp_path / "images").exists() else str(make_image_folder(tmp_path / "images"))),
+                          ModelArguments(model_name="tiny", **model),
+                          train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / name / preprocess), no_tracking=True, epochs=1, mixed_precision="no"),
+                          feature_arguments=FeatureArguments(preprocess=preprocess, cache_dir=str(tmp_path / "kept")), log=lambda line: None)
+            losses.append(state.history[-1]["val_loss"])
+        assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.02, (name, losses)
+    assert len(cache.list_entries(tmp_path / "kept")) == 4  # training and validation, each prepared in two ways
