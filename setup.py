@@ -33,6 +33,7 @@ setup(
     install_requires=shlex.split(settings["requirements"]),
     extras_require={
         "timm": shlex.split(settings["timm_requirements"]),
+        "notebooks": shlex.split(settings["notebook_requirements"]),
         "dev": shlex.split(settings["dev_requirements"]),
     },
     entry_points={

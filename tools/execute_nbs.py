@@ -21,18 +21,26 @@ from nbdev.process import NBProcessor
 from PIL import Image
 
 
+def small_png(image, limit=50_000):
+    "At most 900 pixels wide and 64 colours; fewer of both until the file is within the limit, in bytes."
+    for width, colours in ((900, 64), (900, 32), (800, 32), (700, 32), (600, 16)):
+        small = io.BytesIO()
+        thumbnail = image.copy()
+        thumbnail.thumbnail((width, 2000), Image.Resampling.LANCZOS)
+        thumbnail.quantize(colours, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        if small.tell() <= limit: break
+    return small.getvalue()
+
+
 def shrink_figures(notebook):
-    "Store each PNG at most 900 pixels wide and with at most 64 colours."
+    "Store each PNG small."
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" not in data: continue
             text = data["image/png"]
             image = Image.open(io.BytesIO(base64.b64decode(text if isinstance(text, str) else "".join(text))))
-            image.thumbnail((900, 2000), Image.Resampling.LANCZOS)
-            small = io.BytesIO()
-            image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-            data["image/png"] = base64.b64encode(small.getvalue()).decode()
+            data["image/png"] = base64.b64encode(small_png(image.convert("RGB"))).decode()
 
 
 def execute(path, flags=()):

@@ -1,0 +1,101 @@
+"""Find what is broken in a built site: `python tools/check_site.py _docs`, exit code 1 if anything is.
+
+Broken links and anchors, missing images, pages without a title, public names in backticks that did not become
+links, directives printed as text, source links to lines that do not exist, and whatever a page would fetch
+from another machine.
+"""
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = re.compile(r"https://(?:github\.com|colab\.research\.google\.com/github)/dinov3-nb/dinov3_nb/(?:blob|tree)/main/([^#]*)(?:#L(\d+))?")
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+class Page(HTMLParser):
+    "What a page links to, shows, and calls itself."
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.links, self.images, self.fetched, self.ids = [], [], [], set()
+        self.codes, self.text, self.open, self.title, self.heading, self.code = [], [], [], "", "", ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in VOID: self.open.append(tag)
+        if "id" in attributes: self.ids.add(attributes["id"])
+        if tag == "a" and attributes.get("href"): self.links.append(attributes["href"])
+        if tag == "img": self.images.append(attributes.get("src") or "")
+        if tag in ("script", "img", "iframe", "source") and attributes.get("src"): self.fetched.append(attributes["src"])
+        if tag == "link" and attributes.get("rel") in ("stylesheet", "icon"): self.fetched.append(attributes.get("href") or "")
+        if tag == "code": self.code = ""
+
+    def handle_endtag(self, tag):
+        if tag == "code" and not {"a", "pre", "h1", "h2", "h3", "h4"} & set(self.open): self.codes.append(self.code)
+        while self.open and self.open.pop() != tag: pass
+
+    def handle_data(self, data):
+        if "title" in self.open and "svg" not in self.open: self.title += data
+        if "h1" in self.open: self.heading += data
+        if "code" in self.open: self.code += data
+        elif not {"script", "style", "pre", "math"} & set(self.open): self.text.append(data)
+
+
+def file_problem(site, page, link, pages):
+    "Why a relative link leads nowhere, or nothing."
+    parts = urlsplit(link)
+    target = (site / parts.path.lstrip("/")) if parts.path.startswith("/") else page.parent / unquote(parts.path)
+    target = (page if not parts.path else target).resolve()
+    if target.is_dir(): target = target / "index.html"
+    if not target.exists(): return f"broken link {link}"
+    if parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids: return f"broken anchor {link}"
+
+
+def source_problem(link, root):
+    "Why a link into the repository leads nowhere, or nothing."
+    match = SOURCE.match(link)
+    if not match: return None
+    path = root / unquote(match[1])
+    if not path.exists(): return f"broken source link {link}"
+    if match[2] and int(match[2]) > len(path.read_text(encoding="utf-8").splitlines()): return f"source link beyond the file's end {link}"
+
+
+def check(site, symbols=(), root=ROOT):
+    "All problems of a built site, each as `page: problem`."
+    site = Path(site).resolve()
+    pages, found = {path: Page(path) for path in sorted(site.rglob("*.html"))}, []
+    if not pages: return [f"{site.name}: no pages"]
+    for path, page in pages.items():
+        name, problems = path.relative_to(site).as_posix(), []
+        if not page.title.strip() or not page.heading.strip(): problems.append("page without a title")
+        for link in page.links:
+            if re.match(r"[a-z]+:|//", link): problems.append(source_problem(link, root))
+            else: problems.append(file_problem(site, path, link, pages))
+        for image in page.images:
+            if image.startswith("data:"): continue
+            if re.match(r"[a-z]+:|//", image) or not (path.parent / unquote(urlsplit(image).path)).exists(): problems.append(f"missing image {image!r}")
+        problems += [f"fetches {url} from another machine" for url in page.fetched if re.match(r"https?:|//", url)]
+        problems += [f"unresolved symbol link {code}" for code in page.codes if code.removesuffix("()") in symbols]
+        text = "".join(page.text)
+        problems += [f"raw directive {match!r}" for match in re.findall(r":::+ ?\{?\S*|^#\| ?\w+:?.*$|@(?:fig|tbl|eq)-\w+", text, flags=re.M)]
+        found += [f"{name}: {problem}" for problem in problems if problem]
+    return found
+
+
+def public_symbols():
+    "Every public name that nbdev's index knows, so that backticks around it should have become a link."
+    from nbdev.config import get_config
+    from dinov3_nb._modidx import d
+    lib = get_config(path=ROOT).lib_path.name
+    names = {full.removeprefix(f"{module}.") for module, entries in d["syms"].items() for full in entries}
+    assert lib and names
+    return {name for name in names if "." not in name and not name.startswith("_")}
+
+
+if __name__ == "__main__":
+    problems = check(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs", public_symbols())
+    print("\n".join(problems) or "the site is sound")
+    sys.exit(bool(problems))
