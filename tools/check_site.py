@@ -1,7 +1,7 @@
 """Find what is broken in a built site: `python tools/check_site.py _docs`, exit code 1 if anything is.
 
 Broken links and anchors, missing images, pages without a title, public names in backticks that did not become
-links, directives printed as text, source links to lines that do not exist, and whatever a page would fetch
+links, directives and TeX printed as text, source links to lines that do not exist, and whatever a page would fetch
 from another machine.
 """
 import re
@@ -20,7 +20,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__(convert_charrefs=True)
         self.links, self.images, self.fetched, self.ids = [], [], [], set()
-        self.codes, self.text, self.open, self.title, self.heading, self.code = [], [], [], "", "", ""
+        self.unread, self.codes, self.text, self.open, self.title, self.heading, self.code = [], [], [], [], "", "", ""
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -40,6 +40,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "title" in self.open and "svg" not in self.open: self.title += data
         if "h1" in self.open: self.heading += data
+        if "math" in self.open and "\\" in data: self.unread.append(data.strip())
         if "code" in self.open: self.code += data
         elif not {"script", "style", "pre", "math"} & set(self.open): self.text.append(data)
 
@@ -79,6 +80,7 @@ def check(site, symbols=(), root=ROOT):
             if re.match(r"[a-z]+:|//", image) or not (path.parent / unquote(urlsplit(image).path)).exists(): problems.append(f"missing image {image!r}")
         problems += [f"fetches {url} from another machine" for url in page.fetched if re.match(r"https?:|//", url)]
         problems += [f"unresolved symbol link {code}" for code in page.codes if code.removesuffix("()") in symbols]
+        problems += [f"formula not rendered {part}" for part in page.unread]
         text = "".join(page.text)
         problems += [f"raw directive {match!r}" for match in re.findall(r":::+ ?\{?\S*|^#\| ?\w+:?.*$|@(?:fig|tbl|eq)-\w+", text, flags=re.M)]
         found += [f"{name}: {problem}" for problem in problems if problem]
