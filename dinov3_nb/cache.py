@@ -160,7 +160,7 @@ def intact_chunks(
     except OSError: pass
     return good
 
-
+# %% ../nbs/04a_cache.ipynb #25ffa0a9
 def read_entry(
     folder: Path,             # of a finished entry
     recipe: dict,             # what it must have been made from
@@ -391,7 +391,7 @@ class Entry:
         return (f"{self.key[:8]}  {model:<40}  {about.get('split', '?'):<10}  {images:>17}  "
                 f"{recipe.get('precision', '?').replace('no', 'fp32'):<4}  {self.size / 1e6:>9,.1f} MB  {about.get('made', '?'):<16}  {state}")
 
-
+# %% ../nbs/04a_cache.ipynb #95a2caff
 def list_entries(
     folder: Path,      # of the cache; need not exist
 ) -> list[Entry]:      # by name
@@ -403,7 +403,7 @@ def list_entries(
         found.append(Entry(place.name.removesuffix(".partial"), place.suffix != ".partial", size, read_record(place) or {}))
     return found
 
-
+# %% ../nbs/04a_cache.ipynb #744022e5
 def clear_entries(
     folder: Path,      # of the cache
     keys: list[str] = [],  # beginnings of keys; none: everything

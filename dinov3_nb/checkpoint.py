@@ -125,7 +125,7 @@ def rename_old_keys(
         return newer if key not in expected and newer in expected else key
     return {today(key): value for key, value in state_dict.items()}
 
-
+# %% ../nbs/06_checkpoint.ipynb #42abd114
 def load_weights(
     model: nn.Module,  # changed in place
     state_dict: dict,  # `head.*`, and all of `backbone.*` or none
@@ -172,7 +172,7 @@ def differences(
     return [f"{name} was {old[name]}, now {value}" for name, value in new.items()
             if name in old and name not in MAY_DIFFER and old[name] != value]
 
-
+# %% ../nbs/06_checkpoint.ipynb #d25851fc
 def find_start(
     arguments: TrainArguments,
     config: dict,      # all arguments of the run, flattened

@@ -271,7 +271,7 @@ def probe_lines_for(
         sides += [pools, torch.tensor(split[data.label_column][:])[read]]
     return probe_lines(probe(*sides, len(data.class_names), given.seed, log))
 
-
+# %% ../nbs/08_cli.ipynb #c058849d
 def run_probe(
     arguments: list[str],  # flags as typed
 ) -> None:
@@ -314,7 +314,7 @@ def prediction_table(
             lines.append(f"{(p.path or 'image') if rank == 0 else '':{width}}  {probability:7.2%}  {name}")
     return "\n".join(lines)
 
-
+# %% ../nbs/08_cli.ipynb #98f4a403
 def run_predict(
     arguments: list[str],  # flags and image paths as typed
 ) -> None:
@@ -373,7 +373,7 @@ def evaluation_data(
     return DataArguments(dataset=dataset, val_split_ratio=given.val_split_ratio, on_bad_image=given.on_bad_image,
                          image_column=column("image_column"), label_column=column("label_column"), num_workers=given.num_workers)
 
-
+# %% ../nbs/08_cli.ipynb #0a63acc5
 def run_evaluate(
     arguments: list[str],  # flags as typed
 ) -> None:

@@ -293,14 +293,14 @@ class FeatureRows(torch.utils.data.Dataset):
         return {"features": values[0] if len(values) == 1 else torch.cat(values, dim=1),
                 "labels": self.labels[chosen], "skipped": skipped}
 
-
+# %% ../nbs/04_features.ipynb #a7667cee
 class WholeBatch:
     "A `collate_fn` for batches that are whole already."
     epoch = 0  # set by the training loop; kept features do not depend on it
 
     def __call__(self, batch: dict) -> dict: return batch
 
-
+# %% ../nbs/04_features.ipynb #fd652abd
 def feature_loader(
     features: Features,
     labels: torch.Tensor,                 # (images,) int64

@@ -49,7 +49,7 @@ class Prediction:
     path: str | None                 # None for an image that came without a path
     labels: list[tuple[str, float]]  # (class name, probability), most probable first
 
-
+# %% ../nbs/07_inference.ipynb #7b35b91d
 @dataclass
 class Classifier:
     "A trained classifier with everything needed to use it."
@@ -75,7 +75,7 @@ class Classifier:
         "Write a folder that `transformers.pipeline` and the Hub understand, with the whole model."
         export_classifier(self.model, self.processor, folder)
 
-
+# %% ../nbs/07_inference.ipynb #26576a9d
 @torch.inference_mode()
 def predict_batch(
     classifier: Classifier,

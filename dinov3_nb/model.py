@@ -432,6 +432,7 @@ def build_classifier(
     if arguments.gradient_checkpointing: checkpoint_activations(model)
     return model
 
+# %% ../nbs/02_model.ipynb #47207317
 def checkpoint_activations(
     model: DinoV3Classifier,  # with an unfrozen backbone
 ) -> None:

@@ -99,7 +99,7 @@ def logistic_in_torch(
         found[strength] = weight.detach().clone(), bias.detach().clone()
     return found
 
-
+# %% ../nbs/04b_probe.ipynb #f538ff05
 def logistic(
     features: torch.Tensor,  # (images, embed_dim)
     labels: torch.Tensor,    # (images,) int64
@@ -143,7 +143,7 @@ def make_bank(
               for p, decay in zip(pair, (arguments.weight_decay, 0.0))]
     return weights, biases, torch.optim.AdamW(groups, fused=True)
 
-
+# %% ../nbs/04b_probe.ipynb #f39ef54d
 def train_bank(
     features: torch.Tensor,     # (images, embed_dim)
     labels: torch.Tensor,       # (images,) int64
@@ -216,7 +216,7 @@ class ProbeResult:
 
 Method = Callable[..., dict[float, torch.Tensor]]  # of the four above
 
-
+# %% ../nbs/04b_probe.ipynb #30fe99ee
 def probe_method(
     name: str,
     method: Method,
@@ -242,7 +242,7 @@ METHODS = (("nearest neighbours", knn, "k", (10, 20, 100, 200)),
            ("logistic regression", logistic, "C", (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
            ("bank of 13 heads", bank, "learning rate", RATES))
 
-
+# %% ../nbs/04b_probe.ipynb #c77d83a6
 def probe(
     train: dict[str, torch.Tensor],       # pool -> (images, width)
     train_labels: torch.Tensor,           # (images,) int64
@@ -264,7 +264,7 @@ def probe(
             results.append(ProbeResult(name, pool, f"{letter} = {best:g}", accuracy, seconds))
     return results
 
-
+# %% ../nbs/04b_probe.ipynb #50cd21ba
 def probe_lines(
     results: list[ProbeResult],
 ) -> list[str]:
