@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POOLS', 'SAVE_SECONDS', 'tensor_digest', 'weights_digest', 'describe_backbone', 'images_digest', 'make_recipe',
            'recipe_key', 'npy_header', 'write_record', 'read_record', 'intact_chunks', 'read_entry', 'check_space',
-           'no_space', 'disk_errors', 'trusted_record', 'open_arrays', 'EntryWriter', 'only_one', 'make_entry',
-           'find_or_make', 'cache_folder', 'kept_features', 'Entry', 'list_entries', 'clear_entries']
+           'no_space', 'disk_errors', 'trusted_record', 'open_arrays', 'EntryWriter', 'only_one', 'write_batches',
+           'make_entry', 'find_or_make', 'cache_folder', 'kept_features', 'Entry', 'list_entries', 'clear_entries']
 
 # %% ../nbs/04a_cache.ipynb #431706ab
 import hashlib
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -287,10 +287,29 @@ def only_one(
     try: yield
     finally: lock.release()
 
+# %% ../nbs/04a_cache.ipynb #56f9e03e
+SAVE_SECONDS = 10.0  # a killed pass loses at most this much
+
+
+def write_batches(
+    writer: EntryWriter,
+    batches: Iterable[tuple[torch.Tensor, dict[int, str]]],  # from `feature_batches`
+) -> None:
+    "Put all batches onto the disk, and close the files."
+    saved = time.monotonic()
+    try:
+        for values, unread in batches:
+            writer.append(values, unread)
+            if time.monotonic() - saved >= SAVE_SECONDS: writer.save(); saved = time.monotonic()
+        writer.save()
+    except BaseException:  # also Ctrl-C
+        with suppress(UserError): writer.save()  # what is done is not lost
+        raise
+    finally:
+        for file in writer.files:
+            with suppress(OSError): file.close()
+
 # %% ../nbs/04a_cache.ipynb #089ca672
-SAVE_SECONDS = 10.0  # an interrupted pass loses at most this much
-
-
 def make_entry(
     folder: Path,           # of the finished entry
     recipe: dict,           # its key's content
@@ -307,18 +326,7 @@ def make_entry(
     partial = folder.with_name(folder.name + ".partial")
     writer = EntryWriter(partial, recipe, token_layout(backbone)[1], about)
     if writer.rows: log(f"Features ({name}): going on behind image {writer.rows:,} of {len(rows):,}")
-    saved = time.monotonic()
-    try:
-        for values, unread in feature_batches(backbone, rows, processor, options, writer.rows, name, log):
-            writer.append(values, unread)
-            if time.monotonic() - saved >= SAVE_SECONDS: writer.save(); saved = time.monotonic()
-        writer.save()
-    except BaseException:
-        with suppress(UserError): writer.save()  # what is done is not lost
-        raise
-    finally:
-        for file in writer.files:
-            with suppress(OSError): file.close()
+    write_batches(writer, feature_batches(backbone, rows, processor, options, writer.rows, name, log))
     os.replace(partial, folder)
 
 # %% ../nbs/04a_cache.ipynb #4deda138

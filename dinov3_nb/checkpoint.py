@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'trainable_state_dict', 'backbone_fingerprint', 'labels_digest', 'make_checkpoint', 'save_atomically',
-           'read_checkpoint', 'rename_old_keys', 'load_weights', 'checkpoint_saver', 'differences', 'find_start',
-           'check_same_run', 'open_folder']
+           'read_checkpoint', 'rename_old_keys', 'load_weights', 'checkpoint_saver', 'differences', 'check_resumable',
+           'find_start', 'check_same_run', 'open_folder']
 
 # %% ../nbs/06_checkpoint.ipynb #3f12d26e
 import hashlib
@@ -172,6 +172,23 @@ def differences(
     return [f"{name} was {old[name]}, now {value}" for name, value in new.items()
             if name in old and name not in MAY_DIFFER and old[name] != value]
 
+# %% ../nbs/06_checkpoint.ipynb #a7957677
+def check_resumable(
+    start: dict,   # the checkpoint to go on from
+    config: dict,  # all arguments of the run, flattened
+    last: Path,    # where it was read from
+) -> None:
+    "Refuse what is no run of ours, was another run, or is complete."
+    if "labels_digest" not in start:
+        raise UserError(f"{last} was not written by this package and cannot be resumed; predict can still use it.")
+    changed = differences(start["config"], config)
+    if changed:
+        raise UserError(f"--resume would continue another run: {'; '.join(changed)}. Give the same arguments, "
+                        "or start a new run in another --checkpoint_dir.")
+    if start["step"] == start["total_steps"]:
+        raise UserError(f"The run in {last.parent} is complete ({start['step']} steps): to train longer, start a new run "
+                        "with more --epochs in another --checkpoint_dir.")
+
 # %% ../nbs/06_checkpoint.ipynb #d25851fc
 def find_start(
     arguments: TrainArguments,
@@ -183,15 +200,7 @@ def find_start(
     if arguments.resume:
         if not last.exists(): raise UserError(f"--resume found no last.pt in {folder}: leave --resume out to start.")
         start = read_checkpoint(last)
-        if "labels_digest" not in start:
-            raise UserError(f"{last} was not written by this package and cannot be resumed; predict can still use it.")
-        changed = differences(start["config"], config)
-        if changed:
-            raise UserError(f"--resume would continue another run: {'; '.join(changed)}. Give the same arguments, "
-                            "or start a new run in another --checkpoint_dir.")
-        if start["step"] == start["total_steps"]:
-            raise UserError(f"The run in {folder} is complete ({start['step']} steps): to train longer, start a new run "
-                            "with more --epochs in another --checkpoint_dir.")
+        check_resumable(start, config, last)
         if not (folder / "best.pt").exists(): start["best_acc"] = -1.0
         return start
     if folder.exists() and not folder.is_dir():

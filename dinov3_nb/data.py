@@ -7,7 +7,7 @@ __all__ = ['IMAGE_NAMES', 'LABEL_NAMES', 'IMAGE_ENDINGS', 'TRAIN_NAMES', 'VALIDA
            'scale_to_8_bits', 'to_rgb', 'BadImage', 'open_image', 'can_hold', 'find_column', 'read_class_folders',
            'as_splits', 'read_folder', 'read_table', 'hub_answers', 'load_from_hub', 'read_dataset', 'read_labels',
            'shorten', 'translate_labels', 'stratified_rows', 'take_share', 'find_validation', 'find_train',
-           'check_labels', 'cut_validation', 'PreparedDataset', 'prepare_split', 'load_and_prepare_dataset',
+           'check_labels', 'cut_validation', 'PreparedDataset', 'prepare_split', 'share_of', 'load_and_prepare_dataset',
            'ImageRows', 'crop_flip', 'Collator', 'EpochSampler', 'find_num_workers', 'make_loader']
 
 # %% ../nbs/01_data.ipynb #a6d0ea86
@@ -435,6 +435,19 @@ def prepare_split(
     split = split.cast_column(plan.image_column, datasets.Image(decode=False))
     return split if len(rows) == len(split) else split.select(rows)
 
+# %% ../nbs/01_data.ipynb #15b98270
+def share_of(
+    split: tuple,            # (any split, class numbers of all its images)
+    rows: np.ndarray,        # (candidates,) sorted rows to draw from
+    draw: tuple,             # (name, share of the rows, seed)
+    plan: PreparedDataset,   # whose columns and class names to use; its notes get a line
+) -> datasets.Dataset:       # the share, in its final form
+    "Draw a share of a split and prepare it."
+    name, ratio, seed = draw
+    taken, note = take_share(split[1][rows], ratio, seed, name)
+    plan.notes.append(note)
+    return prepare_split(*split, rows[taken], plan)
+
 # %% ../nbs/01_data.ipynb #cdf17ee7
 def load_and_prepare_dataset(
     arguments: DataArguments,  # where the images are and how much of them to use
@@ -449,24 +462,17 @@ def load_and_prepare_dataset(
     label_column = find_column(train.features, "label", arguments.label_column)
     class_names, labels = read_labels(train, label_column)
     notes += check_labels("train", labels, class_names)
-    notes.append(f"columns: images {image_column!r}, labels {label_column!r} "
-                 f"with {len(class_names):,} classes")
+    notes.append(f"columns: images {image_column!r}, labels {label_column!r} with {len(class_names):,} classes")
     result = PreparedDataset(None, None, class_names, image_column, label_column, notes)
     found = find_validation(splits, label_column, class_names, notes)
-    rows = np.arange(len(labels))
     if found is None:
         rows, held_out = cut_validation(labels, seed)
-        validation, held_out_labels = train, labels
+        found = train, labels
         notes.append(f"validation: a stratified tenth cut from the training split (seed {seed})")
-    else: (validation, held_out_labels), held_out = found, np.arange(len(found[1]))
-    notes += check_labels("validation", held_out_labels[held_out], class_names)
-    taken, note = take_share(labels[rows], arguments.train_split_ratio, seed, "train")
-    result.train = prepare_split(train, labels, rows[taken], result)
-    notes.append(note)
-    codes = held_out_labels[held_out]
-    taken, note = take_share(codes, arguments.val_split_ratio, seed, "validation")
-    result.validation = prepare_split(validation, held_out_labels, held_out[taken], result)
-    notes.append(note)
+    else: rows, held_out = np.arange(len(labels)), np.arange(len(found[1]))
+    notes += check_labels("validation", found[1][held_out], class_names)
+    result.train = share_of((train, labels), rows, ("train", arguments.train_split_ratio, seed), result)
+    result.validation = share_of(found, held_out, ("validation", arguments.val_split_ratio, seed), result)
     return result
 
 # %% ../nbs/01_data.ipynb #fd9aaf83

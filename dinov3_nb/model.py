@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'ALIASES', 'TINY_FOLDER', 'Checkpoint', 'resolve_model_name', 'weight_bytes', 'model_table_lines',
-           'nearest_name', 'explain_load_error', 'find_config', 'load_config', 'check_image_size', 'keep_4bit_layout',
-           'load_backbone', 'default_processor', 'timm_processor', 'load_processor', 'pool_tokens', 'backbone_tokens',
-           'token_layout', 'DinoV3Config', 'DinoV3MLPConfig', 'DinoV3Classifier', 'DinoV3Linear', 'DinoV3MLP',
-           'build_classifier', 'checkpoint_activations', 'export_classifier']
+           'nearest_name', 'causes_of', 'explain_load_error', 'find_config', 'load_config', 'check_image_size',
+           'keep_4bit_layout', 'load_backbone', 'default_processor', 'timm_processor', 'load_processor', 'pool_tokens',
+           'backbone_tokens', 'token_layout', 'DinoV3Config', 'DinoV3MLPConfig', 'DinoV3Classifier', 'DinoV3Linear',
+           'DinoV3MLP', 'checkpoint_activations', 'build_classifier', 'export_classifier']
 
 # %% ../nbs/02_model.ipynb #6ec325d7
 import difflib
@@ -115,16 +115,24 @@ def nearest_name(
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" The nearest known name is {matches[0]}." if matches else ""
 
+# %% ../nbs/02_model.ipynb #12e575fa
+def causes_of(
+    error: BaseException,
+) -> list[BaseException]:  # the error itself first; at most 20, should they form a circle
+    "An error and what it was raised from."
+    causes, cause = [], error
+    while cause is not None and len(causes) < 20:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes
+
 # %% ../nbs/02_model.ipynb #2c98dd5b
 def explain_load_error(
     name: str,         # the model name that was asked for
     error: Exception,  # what a library raised
 ) -> UserError:        # one sentence or two that say what to do
     "Turn a failed download or load into advice."
-    causes, cause = [], error
-    while cause is not None and len(causes) < 20:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    causes = causes_of(error)
     def has(*kinds): return any(isinstance(c, kinds) for c in causes)
     twins = {row.name: f", or use its ungated twin {row.timm_name}" for row in CHECKPOINTS}
     near = "" if name in twins else nearest_name(name)
@@ -406,6 +414,16 @@ for _config, _model in ((DinoV3Config, DinoV3Linear), (DinoV3MLPConfig, DinoV3ML
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForImageClassification.register(_config, _model, exist_ok=True)
 
+# %% ../nbs/02_model.ipynb #47207317
+def checkpoint_activations(
+    model: DinoV3Classifier,  # with an unfrozen backbone
+) -> None:
+    "Recompute activations in the backward pass instead of keeping them."
+    if not model.backbone.supports_gradient_checkpointing:
+        kind = model.backbone.config.model_type
+        raise UserError(f"--gradient_checkpointing is not available for {kind} backbones: leave it out.")
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
 # %% ../nbs/02_model.ipynb #32b443e6
 def build_classifier(
     arguments: ModelArguments,               # which backbone, and the head on top
@@ -431,16 +449,6 @@ def build_classifier(
     model = kind(config, backbone)
     if arguments.gradient_checkpointing: checkpoint_activations(model)
     return model
-
-# %% ../nbs/02_model.ipynb #47207317
-def checkpoint_activations(
-    model: DinoV3Classifier,  # with an unfrozen backbone
-) -> None:
-    "Recompute activations in the backward pass instead of keeping them."
-    if not model.backbone.supports_gradient_checkpointing:
-        kind = model.backbone.config.model_type
-        raise UserError(f"--gradient_checkpointing is not available for {kind} backbones: leave it out.")
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 # %% ../nbs/02_model.ipynb #fff6a9cd
 def export_classifier(

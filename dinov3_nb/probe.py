@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'RATES', 'Method', 'METHODS', 'hold_out', 'knn', 'ridge', 'logistic_in_torch', 'logistic', 'make_bank',
-           'train_bank', 'bank', 'find_learning_rate', 'ProbeResult', 'probe_method', 'probe', 'probe_lines']
+           'linear_gradients', 'train_bank', 'bank', 'find_learning_rate', 'ProbeResult', 'probe_method', 'probe',
+           'probe_lines']
 
 # %% ../nbs/04b_probe.ipynb #7360e2a7
 import math
@@ -143,6 +144,21 @@ def make_bank(
               for p, decay in zip(pair, (arguments.weight_decay, 0.0))]
     return weights, biases, torch.optim.AdamW(groups, fused=True)
 
+# %% ../nbs/04b_probe.ipynb #6faaff57
+def linear_gradients(
+    batch: torch.Tensor,    # (batch, embed_dim) features
+    labels: torch.Tensor,   # (batch,) int64
+    weights: torch.Tensor,  # (heads, embed_dim, classes)
+    biases: torch.Tensor,   # (heads, 1, classes)
+    out: tuple[torch.Tensor, torch.Tensor],  # shaped like weights and biases; written to
+) -> None:
+    "The gradient of the mean cross-entropy of each head."
+    error = torch.softmax(batch @ weights + biases, dim=2)  # (heads, batch, classes)
+    error[:, torch.arange(len(batch)), labels] -= 1
+    error /= len(batch)
+    torch.matmul(batch.T, error, out=out[0])
+    torch.sum(error, dim=1, keepdim=True, out=out[1])
+
 # %% ../nbs/04b_probe.ipynb #f39ef54d
 def train_bank(
     features: torch.Tensor,     # (images, embed_dim)
@@ -161,12 +177,7 @@ def train_bank(
     sampler = EpochSampler(len(labels), arguments.seed)
     for sampler.epoch in range(arguments.epochs):
         for rows in torch.tensor(list(sampler)).split(size):
-            batch = features[rows]
-            error = torch.softmax(batch @ weights + biases, dim=2)      # (heads, batch, classes)
-            error[:, torch.arange(len(rows)), labels[rows]] -= 1
-            error /= len(rows)
-            torch.matmul(batch.T, error, out=grads[0])
-            torch.sum(error, dim=1, keepdim=True, out=grads[1])
+            linear_gradients(features[rows], labels[rows], weights, biases, grads)
             optimizer.step()
             scheduler.step()
     return weights, biases
@@ -236,13 +247,13 @@ def probe_method(
     predicted = method(features, labels, queries, num_classes, (best,))[best]
     return best, (predicted == truth).float().mean().item(), time.perf_counter() - began
 
-
+# %% ../nbs/04b_probe.ipynb #c77d83a6
 METHODS = (("nearest neighbours", knn, "k", (10, 20, 100, 200)),
            ("ridge regression", ridge, "lambda", (1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
            ("logistic regression", logistic, "C", (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
            ("bank of 13 heads", bank, "learning rate", RATES))
 
-# %% ../nbs/04b_probe.ipynb #c77d83a6
+
 def probe(
     train: dict[str, torch.Tensor],       # pool -> (images, width)
     train_labels: torch.Tensor,           # (images,) int64

@@ -55,6 +55,8 @@ def execute(path, flags=()):
         evaluates = own.get("eval:", [""])[0].lower() != "false"
         return cell.cell_type != "code" or "nbdev_export(" in cell.source or not evaluates or bool(skipped & own.keys())
 
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and not left_out(cell): cell.outputs = []  # a cell that shows nothing now shows nothing
     shell, folder = CaptureShell(path), os.getcwd()
     os.chdir(path.parent)
     try: shell.run_all(notebook, exc_stop=True, preproc=left_out)
