@@ -5,6 +5,7 @@ Cells that `nbdev_test` would skip keep what they show. Progress bars are off, a
 import base64
 import io
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -67,8 +68,8 @@ def execute(path, flags=()):
 
 
 if __name__ == "__main__":
-    flags = [a.removeprefix("--flag=") for a in sys.argv[1:] if a.startswith("--flag=")]
-    for name in sys.argv[1:]:
-        if name.startswith("--"): continue
-        print(name, flush=True)
-        execute(name, flags)
+    names = [a for a in sys.argv[1:] if not a.startswith("--")]
+    flags = [a for a in sys.argv[1:] if a.startswith("--flag=")]
+    if len(names) == 1: print(names[0], flush=True); execute(names[0], [flag.removeprefix("--flag=") for flag in flags])
+    else:  # a process each: what one notebook sets, the next must not inherit
+        for name in names: subprocess.run([sys.executable, __file__, *flags, name], check=True)
