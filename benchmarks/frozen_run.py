@@ -43,7 +43,7 @@ def parse_arguments():
 def model_name(given):
     "The folder of the weights."
     if not given.pair: return str(Path(given.folder) / "model")
-    from dinov3_nb.model import TINY_FOLDER
+    from dinov3_nb.backbone import TINY_FOLDER
     return str(TINY_FOLDER)
 
 
@@ -51,7 +51,7 @@ def run_plain(given):
     "The loop of plain_loop.py."
     import plain_loop
     if given.pair:
-        from dinov3_nb.data import load_digits_dataset
+        from dinov3_nb.images import load_digits_dataset
         splits = load_digits_dataset()
         data = [plain_loop.DatasetRows(splits[name]) for name in ("train", "validation")]
     else: data = [plain_loop.ImageFiles(Path(given.folder) / "images" / name) for name in ("train", "val")]
@@ -60,7 +60,7 @@ def run_plain(given):
 
 def run_train(given):
     "The same job for `dinov3_nb`; the first line of its log comes after the weights and before the images."
-    from dinov3_nb.cli import train
+    from dinov3_nb.run import train
     from dinov3_nb.config import DataArguments, FeatureArguments, ModelArguments, TrainArguments
     stamps = []
     def log(line): stamps.append(time.perf_counter()); print(line, file=sys.stderr)

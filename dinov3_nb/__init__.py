@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 # Importing the package registers its classifiers with transformers' Auto classes, which takes PyTorch and
 # seconds. The command line does without: each of its commands imports what it needs, and --help nothing.
 if Path(sys.argv[0] if sys.argv else "").stem != "dinov3-nb":
-    from dinov3_nb.cli import train
+    from dinov3_nb.backbone import load_backbone, pool_tokens
     from dinov3_nb.config import DataArguments, ModelArguments, QuantizationArguments, TrainArguments, UserError
     from dinov3_nb.inference import Classifier, load_classifier
-    from dinov3_nb.model import DinoV3Config, DinoV3Linear, DinoV3MLP, load_backbone, pool_tokens
+    from dinov3_nb.model import DinoV3Config, DinoV3Linear, DinoV3MLP
+    from dinov3_nb.run import train

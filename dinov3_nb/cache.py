@@ -29,9 +29,9 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from .config import FeatureArguments, UserError
-from .data import ImageRows
+from .images import ImageRows
 from .features import Features, PassOptions, feature_batches, refuse_unread
-from .model import token_layout
+from .backbone import token_layout
 from .quantization import held_tensors
 
 # %% ../nbs/04a_cache.ipynb #ac01a57d
@@ -89,7 +89,7 @@ def make_recipe(
     processor: Any,        # the checkpoint's image processor
     options: PassOptions,  # how the pass computes
 ) -> dict:                 # plain values
-    "Everything that decides the features of a split."
+    "Everything that decides the features of a split, up to rounding."
     prepared = json.loads(processor.to_json_string())
     return {"format": 1, **described, "images": images_digest(rows), "num_images": len(rows),
             "processor": prepared, "image_size": prepared.get("size"), "preprocess": options.preprocess,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'trainable_state_dict', 'backbone_fingerprint', 'labels_digest', 'make_checkpoint', 'save_atomically',
-           'read_checkpoint', 'rename_old_keys', 'load_weights', 'checkpoint_saver', 'differences', 'check_resumable',
-           'find_start', 'check_same_run', 'open_folder']
+           'find_file', 'read_checkpoint', 'rename_old_keys', 'load_weights', 'replace_run', 'checkpoint_saver',
+           'differences', 'check_resumable', 'find_start', 'check_same_run', 'open_folder']
 
 # %% ../nbs/06_checkpoint.ipynb #3f12d26e
 import hashlib
@@ -93,16 +93,27 @@ def save_atomically(
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         if temporary.is_file(): temporary.unlink()
         raise UserError(f"{path} could not be written ({error}): free some space, or choose another "
-                        "--checkpoint_dir; the checkpoint before it is still there.") from error
+                        "--checkpoint_dir; an earlier checkpoint, if there was one, is untouched.") from error
+
+# %% ../nbs/06_checkpoint.ipynb #c6ca6b9f
+def find_file(
+    path: Path,  # a .pt file, or a run's folder (then its best.pt)
+) -> Path:       # a file that exists
+    "The file that a checkpoint's name stands for."
+    file = path / "best.pt" if path.is_dir() else path
+    if file.exists(): return file
+    others = ", ".join(sorted(other.name for other in path.glob("*.pt"))[:5])
+    if others:
+        raise UserError(f"There is no checkpoint at {file}, but the folder holds {others}: "
+                        "name one file, with its folder.")
+    raise UserError(f"There is no checkpoint at {file}: name a .pt file or a run's folder.")
 
 # %% ../nbs/06_checkpoint.ipynb #aba38eee
 def read_checkpoint(
     path: str | Path,  # a .pt file, or a run's folder (then its best.pt)
 ) -> dict:             # as `make_checkpoint` wrote it, or at least with `model_state_dict` and `config`
-    "Read a checkpoint of ours, or the origin notebook's, without running code from it."
-    path = Path(path)
-    if path.is_dir(): path = path / "best.pt"
-    if not path.exists(): raise UserError(f"There is no checkpoint at {path}: name a .pt file or a run's folder.")
+    "Read a checkpoint of ours, or of the origin notebook, without running code from it."
+    path = find_file(Path(path))
     try: loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} would run code when loaded, or is no checkpoint, and was refused: "
@@ -145,6 +156,16 @@ def load_weights(
                             "in the model: another backbone or other classes.")
     model.load_state_dict(state_dict, strict=False)
 
+# %% ../nbs/06_checkpoint.ipynb #164fed6b
+def replace_run(
+    checkpoint: dict,  # the first of a new run
+    folder: Path,      # holds an older run
+) -> None:
+    "Put the first checkpoint of a new run in the place of an older run, never beside it."
+    save_atomically(checkpoint, folder / "new.pt")
+    (folder / "last.pt").unlink(missing_ok=True)
+    os.replace(folder / "new.pt", folder / "best.pt")
+
 # %% ../nbs/06_checkpoint.ipynb #04a5dd1c
 def checkpoint_saver(
     folder: Path,
@@ -155,7 +176,9 @@ def checkpoint_saver(
     "A function that writes `last.pt`, and `best.pt` when it is the best so far."
     def save(state: TrainingState, is_best: bool) -> None:
         checkpoint = make_checkpoint(state, config, data, processor)
-        if is_best: save_atomically(checkpoint, folder / "best.pt")
+        is_first = len(state.history) == 1
+        if is_first and (folder / "last.pt").exists(): replace_run(checkpoint, folder)
+        elif is_best: save_atomically(checkpoint, folder / "best.pt")
         save_atomically(checkpoint, folder / "last.pt")
     return save
 
@@ -230,12 +253,9 @@ def check_same_run(
 def open_folder(
     arguments: TrainArguments,
 ) -> Path:  # exists, and can be written to
-    "Make the checkpoint folder ready for a run, and empty of an old one if that is to be replaced."
+    "Make the checkpoint folder, if need be."
     folder = Path(arguments.checkpoint_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if arguments.overwrite:
-            for name in ("last.pt", "best.pt"): (folder / name).unlink(missing_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--checkpoint_dir {folder} cannot be used ({error.strerror}): name another folder.") from error
     if not os.access(folder, os.W_OK):

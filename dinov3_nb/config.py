@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['UserError', 'argument', 'check_range', 'check_choices', 'DataArguments', 'ModelArguments', 'QuantizationArguments',
-           'FeatureArguments', 'features_are_fixed', 'number_or_auto', 'TrainArguments', 'check_together',
-           'check_automatic_rate', 'flatten_arguments']
+           'FeatureArguments', 'features_are_fixed', 'TrainArguments', 'check_together', 'check_automatic_rate',
+           'number_or_auto', 'flatten_arguments']
 
 # %% ../nbs/00_config.ipynb #913fab3b
 import math
 from argparse import ArgumentTypeError
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # %% ../nbs/00_config.ipynb #4bfa7f10
@@ -33,13 +34,15 @@ def check_range(
     high: float = math.inf,   # largest allowed value
     open_low: bool = False,   # True: `low` itself is refused too
 ) -> None:
-    "Refuse a number outside its range, naming both."
+    "Refuse what is no number or outside its range, naming the value and the bound."
     if value is None: return
-    if low <= value <= high and not (open_low and value == low) and math.isfinite(value):
-        return
     bound = f"more than {low}" if open_low else f"at least {low}"
     if high != math.inf: bound += f" and at most {high}"
-    raise UserError(f"--{name} {value} is out of range: it must be {bound}.")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise UserError(f"--{name} {value!r} is not a number: it must be {bound}.")
+    inside = low < value <= high if open_low else low <= value <= high
+    if not (inside and math.isfinite(value)):
+        raise UserError(f"--{name} {value} is out of range: it must be {bound}.")
 
 # %% ../nbs/00_config.ipynb #3f3d783e
 def check_choices(
@@ -70,7 +73,8 @@ class DataArguments:
         check_range("train_split_ratio", self.train_split_ratio, 0, 1, open_low=True)
         check_range("val_split_ratio", self.val_split_ratio, 0, 1, open_low=True)
         check_range("num_workers", self.num_workers, 0)
-        if not self.dataset: raise UserError("--dataset is empty: name a dataset, a folder or 'digits'.")
+        if not self.dataset:
+            raise UserError("--dataset is empty: name a dataset, a folder or 'digits'.")
 
 # %% ../nbs/00_config.ipynb #e4ce785e
 @dataclass
@@ -89,7 +93,8 @@ class ModelArguments:
         check_choices(self)
         check_range("dropout", self.dropout, 0, 0.999)
         check_range("image_size", self.image_size, 1)
-        if not self.model_name: raise UserError("--model_name is empty: name a checkpoint, a folder or 'tiny'.")
+        if not self.model_name:
+            raise UserError("--model_name is empty: name a checkpoint, a folder or 'tiny'.")
 
 # %% ../nbs/00_config.ipynb #43a81e75
 @dataclass
@@ -114,7 +119,8 @@ class FeatureArguments:
 
     def __post_init__(self):
         check_choices(self)
-        if self.cache_dir == "": raise UserError("--cache_dir is empty: name a folder, or leave it out.")
+        if self.cache_dir == "":
+            raise UserError("--cache_dir is empty: name a folder, or leave it out.")
 
 # %% ../nbs/00_config.ipynb #ef0c0815
 def features_are_fixed(
@@ -125,25 +131,16 @@ def features_are_fixed(
     "Whether each image has one feature vector for the whole run, and it may be kept."
     return model.freeze_backbone and data.augment == "none" and features.cache_features == "auto"
 
-# %% ../nbs/00_config.ipynb #4dde01ed
-def number_or_auto(
-    text: str,        # as typed
-) -> float | str:     # a number, or "auto"
-    "The type of a flag that takes a number or the word auto."
-    if text == "auto": return text
-    try: return float(text)
-    except ValueError: raise ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
-
 # %% ../nbs/00_config.ipynb #1db000ec
 @dataclass
 class TrainArguments:
     "How long and how fast to learn, and where the results go."
     epochs: int = argument(5, "passes over the training images")
-    batch_size: int = argument(8, "images per step and process")
+    batch_size: int = argument(8, "images in one forward pass, per process")
     learning_rate: float | str = argument(5e-4, "peak learning rate of AdamW, after the warm-up; auto: the best of 13 on a part of the training images")
     weight_decay: float = argument(1e-4, "decoupled weight decay; biases and norms have none")
     warmup_ratio: float = argument(0.05, "share of all steps in which the learning rate rises from 0 to its peak, 0 to 1")
-    gradient_accumulation_steps: int = argument(1, "batches whose gradients are summed up before one optimizer step")
+    gradient_accumulation_steps: int = argument(1, "batches that make one optimizer step; its gradient is that of the mean loss over all their images")
     eval_every_steps: int = argument(100, "validate after this many steps, and at each epoch's end")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = argument("auto", "arithmetic of the forward pass: auto takes what the hardware really has")
     checkpoint_dir: str = argument("./checkpoints_dinov3", "folder for best.pt and last.pt")
@@ -157,7 +154,8 @@ class TrainArguments:
         check_choices(self)
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "eval_every_steps"):
             check_range(name, getattr(self, name), 1)
-        if self.learning_rate != "auto": check_range("learning_rate", self.learning_rate, 0, 1000, open_low=True)
+        if self.learning_rate != "auto":
+            check_range("learning_rate", self.learning_rate, 0, 1000, open_low=True)
         check_range("weight_decay", self.weight_decay, 0)
         check_range("warmup_ratio", self.warmup_ratio, 0, 1)
         check_range("seed", self.seed, 0, 2**32 - 1)
@@ -171,13 +169,14 @@ def check_together(
 ) -> None:
     "Refuse pairs of choices that cannot work together."
     if quantization.use_4bit and not model.freeze_backbone:
-        raise UserError("--use_4bit with --freeze_backbone False cannot train: 4-bit weights take no gradient steps; "
-                        "freeze the backbone, or leave out --use_4bit.")
+        raise UserError("--use_4bit with --freeze_backbone False cannot train: 4-bit weights take "
+                        "no gradient steps; freeze the backbone, or leave out --use_4bit.")
     if quantization.use_nested_quant and not quantization.use_4bit:
-        raise UserError("--use_nested_quant does nothing without --use_4bit: add it, or leave both out.")
+        raise UserError("--use_nested_quant does nothing without --use_4bit: "
+                        "add it, or leave both out.")
     if model.gradient_checkpointing and model.freeze_backbone:
-        raise UserError("--gradient_checkpointing with a frozen backbone saves nothing: no activations are kept there; "
-                        "leave it out, or add --freeze_backbone False.")
+        raise UserError("--gradient_checkpointing with a frozen backbone saves nothing: no "
+                        "activations are kept there; leave it out, or add --freeze_backbone False.")
 
 # %% ../nbs/00_config.ipynb #424ee5d7
 def check_automatic_rate(
@@ -189,8 +188,18 @@ def check_automatic_rate(
     "Refuse `--learning_rate auto` where it cannot be found."
     if training.learning_rate != "auto": return
     if features_are_fixed(data, model, features) and model.head == "linear": return
-    raise UserError("--learning_rate auto needs kept features and a linear head: give a number, or leave out "
-                    "--freeze_backbone False, --augment, --cache_features never and --head mlp.")
+    raise UserError("--learning_rate auto needs kept features and a linear head: give a number, or "
+                    "leave out --freeze_backbone False, --augment, --cache_features never and "
+                    "--head mlp.")
+
+# %% ../nbs/00_config.ipynb #4dde01ed
+def number_or_auto(
+    text: str,        # as typed
+) -> float | str:     # a number, or "auto"
+    "The type of a flag that takes a number or the word auto."
+    if text == "auto": return text
+    try: return float(text)
+    except ValueError: raise ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 # %% ../nbs/00_config.ipynb #c5ba27bd
 def flatten_arguments(

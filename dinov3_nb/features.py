@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers.image_utils import SizeDict
 
 from .config import UserError
-from .data import BadImage, EpochSampler, ImageRows, find_num_workers, make_loader, open_image
-from .model import backbone_tokens, pool_tokens, token_layout
+from .images import BadImage, EpochSampler, ImageRows, find_num_workers, make_loader, open_image
+from .backbone import backbone_tokens, pool_tokens, token_layout
 
 # %% ../nbs/04_features.ipynb #d92d7ace
 def is_plain_jpeg(

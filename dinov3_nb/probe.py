@@ -12,7 +12,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from .config import TrainArguments, UserError
-from .data import EpochSampler, stratified_rows
+from .data import stratified_rows
+from .images import EpochSampler
 
 # %% ../nbs/04b_probe.ipynb #d7564691
 def hold_out(
@@ -189,10 +191,11 @@ def bank(
     queries: torch.Tensor,   # (queries, embed_dim)
     num_classes: int,
     rates: tuple = RATES,
+    seed: int = 42,          # of the first weights and of the order of the images
 ) -> dict[float, torch.Tensor]:  # rate -> (queries,) predicted classes
     "Heads trained with AdamW in batches of 256, for ten epochs or a thousand steps, whichever is more."
     epochs = max(10, math.ceil(1000 / math.ceil(len(labels) / 256)))
-    arguments = TrainArguments(epochs=epochs, batch_size=256)
+    arguments = TrainArguments(epochs=epochs, batch_size=256, seed=seed)
     weights, biases = train_bank(features, labels, num_classes, rates, arguments)
     return dict(zip(rates, (queries @ weights + biases).argmax(2)))
 
@@ -202,9 +205,11 @@ def find_learning_rate(
     labels: torch.Tensor,       # (images,) int64
     num_classes: int,
     arguments: TrainArguments,  # the run's: epochs, batch size, schedule, seed
+    num_processes: int = 1,     # each of them takes a batch, so a step has that many
 ) -> tuple[float, list[str]]:   # the rate; lines for the log
     "The best of 13 learning rates on a part of the training images."
     fit_rows, choose_rows = hold_out(labels, seed=arguments.seed)
+    arguments = replace(arguments, batch_size=arguments.batch_size * num_processes)
     weights, biases = train_bank(features[fit_rows], labels[fit_rows], num_classes, RATES, arguments)
     logits, truth = features[choose_rows] @ weights + biases, labels[choose_rows]
     accuracy = (logits.argmax(2) == truth).float().mean(1)
@@ -260,8 +265,7 @@ def probe(
     validation: dict[str, torch.Tensor],  # the same pools
     validation_labels: torch.Tensor,      # (images,) int64
     num_classes: int,
-    seed: int = 42,
-    log: Callable[[str], None] = print,
+    seed: int = 42,                       # of the held-out part and of the bank
 ) -> list[ProbeResult]:                   # by method, then by pool
     "Every method on every pooling."
     for pool, values in [*train.items(), *validation.items()]:
@@ -269,6 +273,7 @@ def probe(
             raise UserError(f"The {pool} features are not all finite: try --mixed_precision no.")
     results = []
     for name, method, letter, settings in METHODS:
+        if method is bank: method = partial(bank, seed=seed)
         for pool in train:
             best, accuracy, seconds = probe_method(
                 name, method, settings, (train[pool], train_labels), (validation[pool], validation_labels), num_classes, seed)

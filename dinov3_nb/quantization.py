@@ -103,8 +103,8 @@ def compute_dtype_warning(
     "Warn of a compute type that this processor would have to emulate."
     slow = arguments.bnb_4bit_compute_dtype == "bfloat16" and not cpu_has_bfloat16()
     if not (arguments.use_4bit and device_type == "cpu" and slow): return None
-    return ("warning: this CPU only emulates bfloat16, which makes 4-bit layers several times slower: "
-            "--bnb_4bit_compute_dtype float32 is better here")
+    return ("warning: this CPU only emulates bfloat16, which makes 4-bit layers several times "
+            "slower: --bnb_4bit_compute_dtype float32 is better here")
 
 # %% ../nbs/03_quantization.ipynb #63f3b499
 def memory_lines(
@@ -118,7 +118,8 @@ def memory_lines(
              f"float32 {mb('float32')}, bfloat16 {mb('bfloat16')} (computed)"]
     if layers and arguments is not None:
         nested = ", constants quantized too" if arguments.use_nested_quant else ""
-        lines.append(f"4 bits: {len(layers)} linear layers as {arguments.bnb_4bit_quant_type}{nested}, "
+        lines.append(f"4 bits: {len(layers)} linear layers as "
+                     f"{arguments.bnb_4bit_quant_type}{nested}, "
                      f"computing in {arguments.bnb_4bit_compute_dtype}; "
                      "norms, biases, embeddings and the head stay as they are")
         warning = compute_dtype_warning(arguments, next(model.parameters()).device.type)

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .config import DataArguments, TrainArguments, UserError
-from .data import Collator, EpochSampler, ImageRows, PreparedDataset, make_loader
+from .data import PreparedDataset
+from .images import Collator, EpochSampler, ImageRows, make_loader
 from .features import FastProcessor, Features, feature_loader
 from .quantization import adamw_8bit, cpu_has_bfloat16, quantized_layers
 
@@ -214,7 +215,7 @@ def seed_step(
     seed: int,              # from `step_seed`
     device: torch.device,   # the one that computes
 ) -> None:
-    "Set the random generators that dropout and augmentation draw from."
+    "Set the generators that dropout and DINOv3's random rescaling of positions draw from."
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu": torch.manual_seed(seed)
 

@@ -15,9 +15,10 @@ import torch
 import dinov3_nb.cache as cache
 from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, load_backbone, train
 from dinov3_nb.config import FeatureArguments
-from dinov3_nb.data import ImageRows, load_and_prepare_dataset
+from dinov3_nb.data import load_and_prepare_dataset
+from dinov3_nb.images import ImageRows
 from dinov3_nb.features import PassOptions, extract_features
-from dinov3_nb.model import load_processor
+from dinov3_nb.backbone import load_processor
 from helpers import ENVIRONMENT, command, make_image_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -224,6 +225,11 @@ def test_automatic_rate_survives_a_resume(tmp_path):
     resumed = train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny", dropout=0.1),
                     train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), resume=True, **common), **rest)
     assert torch.equal(whole.model.head.weight, resumed.model.head.weight)
+    found = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "halved")]
+    for kept in found:  # what was asked for, and what came of it
+        assert kept["config"]["learning_rate"] == "auto"
+        assert kept["config"]["found_learning_rate"] == kept["scheduler_state_dict"]["base_lrs"][0]
+    assert found[0]["config"]["found_learning_rate"] == found[1]["config"]["found_learning_rate"]
 
 
 def test_features_command(tmp_path):

@@ -56,7 +56,7 @@ def test_the_log(finished):
 
 
 def test_predict_names_a_digit(finished, tmp_path):
-    from dinov3_nb.data import load_digits_dataset
+    from dinov3_nb.images import load_digits_dataset
     rows = load_digits_dataset()["validation"]
     for i in range(20): rows[i]["image"].save(tmp_path / f"{i:02}.png")
     done = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--json", tmp_path, cwd=tmp_path)
@@ -73,6 +73,49 @@ def test_evaluate_agrees_with_the_log(finished):
     done = command("evaluate", "--checkpoint", "checkpoints_dinov3", "--dataset", "digits", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"val_acc={json.loads(done.stdout)['top1']:.2%}" in log
+
+
+def test_a_relative_dataset_is_found_from_another_folder(images, tmp_path):
+    "What the checkpoint remembers is the full path, however it was typed."
+    base = ("--model_name", "tiny", "--batch_size", "4", "--no_tracking", "--num_workers", "0", "--mixed_precision", "no")
+    trained = command("train", "--dataset", images.name, *base, "--epochs", "1", "--checkpoint_dir", tmp_path / "run", cwd=images.parent)
+    assert trained.returncode == 0, trained.stderr
+    (tmp_path / "elsewhere").mkdir()
+    scored = command("evaluate", "--checkpoint", tmp_path / "run", "--json", cwd=tmp_path / "elsewhere")
+    assert scored.returncode == 0, scored.stderr
+    assert f"val_acc={json.loads(scored.stdout)['top1']:.2%}" in trained.stdout
+    absolute = command("train", "--dataset", images, *base, "--epochs", "1", "--checkpoint_dir", tmp_path / "run", "--resume", cwd=tmp_path)
+    assert absolute.returncode == 2 and "is complete" in absolute.stderr, absolute.stderr  # the same run, then, not another one
+
+
+def test_digits_are_always_those_of_the_package(tmp_path):
+    make_image_folder(tmp_path / "digits", per_class=2)
+    done = command(*QUICK, cwd=tmp_path)
+    assert done.returncode == 0 and "Samples: 1,437 training" in done.stdout, done.stderr
+    kept = torch.load(tmp_path / "checkpoints_dinov3" / "best.pt", weights_only=True)
+    assert kept["config"]["dataset"] == "digits"
+
+
+def test_a_folder_with_files_of_other_names_lists_them(tmp_path):
+    "The origin notebook named its files after their accuracy."
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "best_acc_0.8123.pt").touch()
+    done = command("predict", "--checkpoint", "old", "picture.png", cwd=tmp_path)
+    assert done.returncode == 2 and "but the folder holds best_acc_0.8123.pt: name one file" in done.stderr, done.stderr
+
+
+def test_a_file_of_the_origin(images, tmp_path):
+    "Seven settings, None where quantization was off; the whole model; no class names."
+    from dinov3_nb import ModelArguments, load_classifier
+    from dinov3_nb.model import build_classifier
+    from helpers import save_vits16
+    model = build_classifier(ModelArguments(model_name=str(save_vits16(tmp_path / "vits16"))), ["circle", "square", "stripes"])
+    config = {"model_name": str(tmp_path / "vits16"), "num_classes": 3, "freeze_backbone": True, "use_4bit": False,
+              "bnb_4bit_compute_dtype": None, "bnb_4bit_quant_type": None, "use_nested_quant": None}
+    torch.save({"model_state_dict": model.state_dict(), "config": config, "best_acc": 0.8123}, tmp_path / "best_acc_0.8123.pt")
+    picture = images / "val" / "circle" / "0.png"
+    answer, = load_classifier(tmp_path / "best_acc_0.8123.pt").predict(picture)
+    assert sorted(name for name, _ in answer.labels) == ["0", "1", "2"]
 
 
 def test_models(tmp_path):
@@ -139,6 +182,26 @@ def test_bad_image_stops_or_is_skipped(tmp_path):
     assert skipped.returncode == 0, skipped.stderr
     lines = skipped.stdout.splitlines()
     assert sum(line.startswith("skipped (train): ") for line in lines) == 1 and "Images skipped in all: 1" in lines, lines
+
+
+def test_overwrite_loses_nothing_before_the_first_new_checkpoint(tmp_path):
+    base = ("train", "--model_name", "tiny", "--batch_size", "4", "--no_tracking", "--num_workers", "0", "--mixed_precision", "no",
+            "--checkpoint_dir", "run")
+    first = command(*base, "--dataset", make_image_folder(tmp_path / "good"), "--epochs", "3", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert sorted(before) == ["best.pt", "last.pt"]
+    broken = make_image_folder(tmp_path / "broken")
+    (broken / "train" / "circle" / "0.png").write_bytes(b"broken")
+    stopped = command(*base, "--dataset", broken, "--epochs", "1", "--overwrite", cwd=tmp_path)
+    assert stopped.returncode == 2 and "0.png" in stopped.stderr, stopped.stderr
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    replaced = command(*base, "--dataset", broken, "--epochs", "1", "--overwrite", "--on_bad_image", "skip", cwd=tmp_path)
+    assert replaced.returncode == 0, replaced.stderr
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best.pt", "last.pt"]
+    for name in before:
+        kept = torch.load(tmp_path / "run" / name, weights_only=True)
+        assert kept["config"]["dataset"] == str(broken) and kept["total_steps"] == 6, name
 
 
 # Each pair differs in one flag; if the flag did nothing, the two runs would leave the same trace.

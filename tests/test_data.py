@@ -19,9 +19,9 @@ from sklearn.model_selection import train_test_split
 from transformers import DINOv3ViTImageProcessor
 
 from dinov3_nb.config import DataArguments, UserError
-from dinov3_nb.data import (BadImage, Collator, EpochSampler, ImageRows, find_column, find_num_workers,
-                            load_and_prepare_dataset, load_digits_dataset, make_loader, open_image,
-                            read_labels, scale_to_8_bits, stratified_rows, translate_labels)
+from dinov3_nb.data import find_column, load_and_prepare_dataset, read_labels, stratified_rows, translate_labels
+from dinov3_nb.images import (BadImage, Collator, EpochSampler, ImageRows, find_num_workers, load_digits_dataset,
+                              make_loader, open_image, scale_to_8_bits)
 
 datasets.disable_progress_bars()
 PROCESSOR = DINOv3ViTImageProcessor(size={"height": 32, "width": 32})
@@ -193,6 +193,48 @@ def test_validation_names_have_an_order(tmp_path):
     write_folder(tmp_path / "train", cat=3, dog=3)
     for count, name in enumerate(("test", "valid", "val", "validation"), start=1): write_folder(tmp_path / name, cat=count, dog=count)
     assert len(prepare(tmp_path).validation) == 8
+
+
+@pytest.mark.parametrize("flat", ["train", "val", "test"])
+def test_a_split_folder_without_class_folders_is_refused(tmp_path, flat):
+    for name in {"train", "val", flat}:
+        if name == flat: write_folder(tmp_path, **{name: 3})
+        else: write_folder(tmp_path / name, cat=3, dog=3)
+    with pytest.raises(UserError, match=f"has images directly inside {flat}: each of these needs one folder per class"):
+        prepare(tmp_path)
+
+
+def test_an_empty_split_folder_is_noted(tmp_path):
+    write_folder(tmp_path / "train", cat=10, dog=10)
+    for name in ("val/cat", "test", ".cache"): (tmp_path / name).mkdir(parents=True)
+    data = prepare(tmp_path)
+    assert len(data.validation) == 2
+    for name in ("val", "test"): assert f"{tmp_path.name}: the folder {name!r} holds no images and is not used" in data.notes
+    (tmp_path / "val" / "notes.txt").touch()
+    assert len(prepare(tmp_path).validation) == 2
+
+
+def test_an_empty_train_folder_is_no_training_split(tmp_path):
+    write_folder(tmp_path / "val", cat=3, dog=3); (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="the training split has no images"): prepare(tmp_path)
+    shutil.rmtree(tmp_path / "val"); (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="holds no images in class folders"): prepare(tmp_path)
+
+
+def test_a_misspelt_split_and_loose_images_are_noted(tmp_path):
+    write_folder(tmp_path / "train", cat=10, dog=10); write_folder(tmp_path / "validaton", cat=1, dog=1)
+    scene().save(tmp_path / "train" / "loose.png")
+    notes = prepare(tmp_path).notes
+    assert f"{tmp_path.name}: folders that are no split: validaton" in notes
+    assert "train: images left out, in no class folder: 1" in notes
+
+
+def test_parquet_files_in_split_folders(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        own(["b", "a"] * 3).to_parquet(tmp_path / name / "0000.parquet")
+    data = prepare(tmp_path)
+    assert (len(data.train), len(data.validation)) == (6, 6)
 
 
 def test_nested_and_odd_files(tmp_path):

@@ -6,7 +6,8 @@ from PIL import Image as Picture
 
 from dinov3_nb import DataArguments, ModelArguments, TrainArguments
 from dinov3_nb.data import load_and_prepare_dataset
-from dinov3_nb.model import build_classifier, load_processor
+from dinov3_nb.backbone import load_processor
+from dinov3_nb.model import build_classifier
 from dinov3_nb.training import make_loaders
 
 

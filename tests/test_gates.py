@@ -28,6 +28,7 @@ SITE_FAULTS = {
     "page without a title": SOUND.replace("<title>Model</title>", "<title></title>"),
     "unresolved symbol link fit": SOUND.replace('<a href="other.html#part"><code>fit</code></a>', "<code>fit</code>"),
     "raw directive": SOUND.replace("See", "::: {.callout-note}\nSee"),
+    "flag printed with a dash '–use_4bit'": SOUND.replace("See", "Take –use_4bit and see"),
     "formula not rendered": SOUND.replace("See", "<math><mi>\\arg</mi></math>See"),
     "fetches https://cdn.example/a.js": SOUND.replace("</head>", '<script src="https://cdn.example/a.js"></script></head>'),
 }

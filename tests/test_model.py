@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 import dinov3_nb  # noqa: F401  registers the classifiers
 from dinov3_nb.config import ModelArguments, QuantizationArguments, UserError
-from dinov3_nb.model import CHECKPOINTS, backbone_tokens, build_classifier, export_classifier, load_backbone, load_processor, pool_tokens, token_layout, weight_bytes
+from dinov3_nb.backbone import CHECKPOINTS, backbone_tokens, load_backbone, load_processor, pool_tokens, token_layout, weight_bytes
+from dinov3_nb.model import build_classifier, export_classifier
 from dinov3_nb.quantization import count_parameters, held_bytes, quantization_config, quantized_layers
 
 timm_only = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -56,7 +57,7 @@ def four_bits(kind="nf4", nested=False, compute="float32"):
 
 @pytest.mark.parametrize("head, pool, quantized", [("linear", "cls", False), ("mlp", "cls_mean", True)], ids=["linear-float32", "mlp-4bit"])
 def test_exported_folder_is_whole(folder, picture, tmp_path, head, pool, quantized):
-    "AutoModelForImageClassification and pipeline give what the model gave, to the bit."
+    "Every weight comes back to the bit, and the logits up to rounding: a matrix product may sum in another order."
     how = four_bits(nested=True) if quantized else None
     model = build_classifier(ModelArguments(model_name=folder, head=head, pool=pool), ["cat", "dog", "owl"], how).eval()
     processor = load_processor(folder, image_size=64)
@@ -64,7 +65,10 @@ def test_exported_folder_is_whole(folder, picture, tmp_path, head, pool, quantiz
     with torch.no_grad(): logits = model(pixels).logits
     export_classifier(model, processor, tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
-    with torch.no_grad(): assert torch.equal(again(pixels).logits, logits)
+    weights = again.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.no_grad(): torch.testing.assert_close(again(pixels).logits, logits, atol=1e-6, rtol=1e-6)
     assert quantized_layers(again) == quantized_layers(model) and bool(quantized_layers(model)) is quantized
     assert held_bytes(again) == held_bytes(model) and count_parameters(again) == count_parameters(model)
     assert not any(p.requires_grad for p in again.backbone.parameters())
@@ -179,10 +183,19 @@ def test_without_timm(tmp_path, monkeypatch):
 
 
 @timm_only
+def test_a_timm_twin_saved_again_is_still_known(tmp_path):
+    "transformers' own save_pretrained keeps the tag by which a ConvNeXt of DINOv3 is told from others."
+    load_backbone(str(save_timm_convnext(tmp_path / "timm"))).save_pretrained(tmp_path / "again")
+    assert token_layout(load_backbone(str(tmp_path / "again"))) == (0, 768)
+
+
+@timm_only
 def test_other_architectures_are_refused(tmp_path):
     import timm
     timm.models.save_for_hf(timm.create_model("resnet18", pretrained=False), str(tmp_path / "resnet"))
     with pytest.raises(UserError, match="architecture resnet18, not DINOv3"): load_backbone(str(tmp_path / "resnet"))
+    timm.models.save_for_hf(timm.create_model("convnext_tiny.fb_in1k", pretrained=False), str(tmp_path / "convnext"))
+    with pytest.raises(UserError, match="architecture convnext_tiny, not DINOv3"): load_backbone(str(tmp_path / "convnext"))
     from transformers import ViTConfig, ViTModel
     ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(tmp_path / "vit")
     with pytest.raises(UserError, match="architecture vit, not DINOv3"): load_backbone(str(tmp_path / "vit"))

@@ -87,22 +87,30 @@ def test_dark_mode_toggles(browser, address):
     assert problems == []
 
 
+SQUEEZED = """[...document.querySelectorAll('main td')].filter(e => e.innerText.length > 12 && e.clientWidth < 80)
+    .map(e => e.innerText.slice(0, 30))"""
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_page_is_wider_than_the_window(browser, address, site, width):
+    "Wide tables and long code scroll inside themselves, and no table column is squeezed to a few letters."
     wide = []
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page, problems = open_page(browser, f"{address}/{name}", viewport={"width": width, "height": 900})
         if page.evaluate("document.documentElement.scrollWidth") > width + 1: wide.append(name)
+        wide += [(name, cell) for cell in page.evaluate(SQUEEZED)]
         assert problems == [], (name, problems)
         page.close()
     assert wide == []
 
 
 def test_planted_faults_are_noticed(browser, tmp_path):
-    (tmp_path / "index.html").write_text("<title>t</title><img src='gone.png'><img src='http://elsewhere.invalid/x.png'><script>throw Error('planted')</script>")
+    (tmp_path / "index.html").write_text("<title>t</title><img src='gone.png'><img src='http://elsewhere.invalid/x.png'><script>throw Error('planted')</script>"
+                                        "<main><table style='width: 120px'><tr><td style='width: 40px'>some words in a narrow column<td>b</table></main>")
     server, address = serve(tmp_path)
     page, problems = open_page(browser, address + "/index.html")
+    assert page.evaluate(SQUEEZED) == ["some words in a narrow column"]
     server.shutdown()
     for part in ("404", "leaves the machine: http://elsewhere.invalid", "error: planted"):
         assert any(part in problem for problem in problems), (part, problems)

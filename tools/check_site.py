@@ -1,7 +1,7 @@
 """Find what is broken in a built site: `python tools/check_site.py _docs`, exit code 1 if anything is.
 
 Broken links and anchors, missing images, pages without a title, public names in backticks that did not become
-links, directives and TeX printed as text, source links to lines that do not exist, and whatever a page would fetch
+links, directives and TeX printed as text, flags whose two hyphens became a dash, source links to lines that do not exist, and whatever a page would fetch
 from another machine.
 """
 import re
@@ -83,6 +83,7 @@ def check(site, symbols=(), root=ROOT):
         problems += [f"formula not rendered {part}" for part in page.unread]
         text = "".join(page.text)
         problems += [f"raw directive {match!r}" for match in re.findall(r":::+ ?\{?\S*|^#\| ?\w+:?.*$|@(?:fig|tbl|eq)-\w+", text, flags=re.M)]
+        problems += [f"flag printed with a dash {match!r}" for match in re.findall(r"(?<!\S)[–—][a-z]\w+", text)]
         found += [f"{name}: {problem}" for problem in problems if problem]
     return found
 
