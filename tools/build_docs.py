@@ -67,10 +67,12 @@ def mathml(html):
     return re.sub(r'<span class="math (inline|display)">(.*?)</span>', one, html, flags=re.S)
 
 
-def unbroken_flags(html):
-    "No line ends between the hyphens of a flag and its name."
-    flag, kept = r"--[\w-]+", r'<span class="text-nowrap">\g<0></span>'
-    return re.sub(r"<code>[^<]*--[^<]*</code>", lambda match: re.sub(flag, kept, match[0]), html)
+def flags_broken_well(html):
+    "A flag may end a line behind an underscore, and never between its hyphens and its name."
+    def flag(match): return f'<span class="text-nowrap">{match[1]}</span><wbr>' + match[2].replace("_", "_<wbr>")
+    def code(match): return re.sub(r"(--[A-Za-z0-9]+_?)(\w*)", flag, match[0])
+    blocks = re.split(r"(<pre\b.*?</pre>)", html, flags=re.S)  # lines of a block stay as they are
+    return "".join(part if part.startswith("<pre") else re.sub(r"<code>[^<]*--[^<]*</code>", code, part) for part in blocks)
 
 
 def localise(site, base):
@@ -83,7 +85,7 @@ def localise(site, base):
         head, middle, body = path.read_text(encoding="utf-8").partition("</head>")
         body = re.sub(rf'href="{re.escape(base)}/', f'href="{up}', body)
         head = re.sub(r"<(?:link|script)\b[^>]*https://cdn\.jsdelivr\.net/[^>]*>(?:</script>)?", "", head)
-        path.write_text(head + middle + mathml(unbroken_flags(body)), encoding="utf-8")
+        path.write_text(head + middle + mathml(flags_broken_well(body)), encoding="utf-8")
 
 
 def build(config):

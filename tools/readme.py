@@ -20,14 +20,17 @@ def markdown(config):
     notebook = nbformat.reads(nb2str(notebook), 4)
     front = yaml.safe_load(notebook.cells.pop(0).source.strip().strip("-"))
     notebook.metadata["language_info"] = {"name": "python"}
+    alternatives = []  # what figures say to those who do not see them
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
+        alternatives += re.findall(r"^#\| *fig-alt: *(.+)$", cell.source, flags=re.M)
         shown = not re.search(r"^#\| *echo: *false", cell.source, flags=re.M)
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M) if shown else ""
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     text, resources = exporter.from_notebook_node(notebook, resources={"output_files_dir": "index_files"})
     text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)
-    text = re.sub(r"\n +\n!\[png\]", "\n\n![figure]", text)
+    assert text.count("![png]") == len(alternatives), "each figure of the README needs a line `#| fig-alt: ...` in its cell"
+    for alternative in alternatives: text = re.sub(r"\n +\n!\[png\](\(.*?\))\n +\n", rf"\n\n![{alternative}]\1\n\n", text, count=1)
     text = re.sub(r"<!-- WARNING: THIS FILE.*?-->\n*", "", text)
     text = re.sub(r"(\]\()(?!https?:|#|index_files/)([^)]+)", rf"\1{config.nbs_path.name}/\2", text)
     head = f"# {front['title']}\n\n<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n{front.get('description', '')}\n\n"
