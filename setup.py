@@ -28,10 +28,12 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=find_packages(include=["dinov3_nb", "dinov3_nb.*"]),
+    py_modules=["_dinov3_nb_command"],
     package_data={"dinov3_nb": ["tiny/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=shlex.split(settings["requirements"]),
     extras_require={
+        "heic": shlex.split(settings["heic_requirements"]),
         "timm": shlex.split(settings["timm_requirements"]),
         "notebooks": shlex.split(settings["notebook_requirements"]),
         "dev": shlex.split(settings["dev_requirements"]),

@@ -82,13 +82,22 @@ def gpu(r):
     return "\n\n".join([speeds, files, memory, conditions(r), *frozen])
 
 
+def startup(r):
+    "Seconds of each command, and of the libraries' import."
+    base = statistics.median(r["seconds"]["libraries"])
+    rows = [[name, f"{statistics.median(v):.2f}", f"{min(v):.2f} to {max(v):.2f}", f"{statistics.median(v) / base:.2f}"]
+            for name, v in r["seconds"].items()]
+    head = ["command", "seconds (median)", "spread", "of the libraries' import"]
+    return f"{table(head, rows)}\n\n{conditions(r)} {r['arguments']['repeats']} repeats, in turn."
+
+
 def main():
     files = [Path(f) for f in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
     text = README.read_text()
     for file in files:
         result = json.loads(file.read_text())
         name = result["benchmark"] + ("_pair" if result["arguments"].get("pair") else "")
-        made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu}[result["benchmark"]](result)
+        made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu, "startup": startup}[result["benchmark"]](result)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
         print(f"{file}: {name}" if found else f"{file}: README.md has no place for {name}")

@@ -1,12 +1,11 @@
 "Turn DINOv3 into your own image classifier. The other modules of this package are exported from nbs/."
 import sys
-from pathlib import Path
 
 __version__ = "0.1.0"
 
 # Importing the package registers its classifiers with transformers' Auto classes, which takes PyTorch and
-# seconds. The command line does without: each of its commands imports what it needs, and --help nothing.
-if Path(sys.argv[0] if sys.argv else "").stem != "dinov3-nb":
+# seconds. The command line (_dinov3_nb_command.py) does without: each command imports what it needs itself.
+if "_dinov3_nb_command" not in sys.modules:
     from dinov3_nb.backbone import load_backbone, pool_tokens
     from dinov3_nb.config import DataArguments, ModelArguments, QuantizationArguments, TrainArguments, UserError
     from dinov3_nb.inference import Classifier, load_classifier

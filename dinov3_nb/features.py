@@ -9,6 +9,7 @@ __all__ = ['is_plain_jpeg', 'decode_image', 'FastProcessor', 'PassCollator', 'bo
 
 # %% ../nbs/04_features.ipynb #2ad3a296
 import io
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,10 @@ from tqdm.auto import tqdm
 from transformers.image_utils import SizeDict
 
 from .config import UserError
-from .images import BadImage, EpochSampler, ImageRows, find_num_workers, make_loader, open_image
+from .pictures import BadImage, ReadError, find_turn, open_image
+from dinov3_nb.images import (
+    EpochSampler, ImageRows, RangesSeen, find_num_workers, make_loader, what_to_do,
+)
 from .backbone import backbone_tokens, pool_tokens, token_layout
 
 # %% ../nbs/04_features.ipynb #d92d7ace
@@ -34,26 +38,35 @@ def is_plain_jpeg(
     "Whether this is an upright RGB or greyscale JPEG; reads the header only."
     if not data.startswith(b"\xff\xd8"): return False
     with Image.open(io.BytesIO(data)) as image:
-        upright = image.getexif().get(0x0112, 1) == 1
-        return image.format == "JPEG" and image.mode in ("RGB", "L") and upright
+        return image.format == "JPEG" and image.mode in ("RGB", "L") and find_turn(image) is None
 
 # %% ../nbs/04_features.ipynb #1822ae12
+def _quick_pixels(
+    data: bytes | None,     # a whole file, if it is in memory already
+    path: Any,              # where it is, if not
+) -> torch.Tensor | None:   # (3, height, width) uint8; None: not a case for torchvision
+    "The pixels of a plain JPEG, without PIL."
+    try:
+        if data is None and isinstance(path, (str, os.PathLike)) and str(path).lower().endswith((".jpg", ".jpeg")):
+            with open(path, "rb") as file: data = file.read()
+        if not isinstance(data, bytes) or not is_plain_jpeg(data): return None
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+    except Exception: return None  # of any class: `open_image` can do more, and says what is wrong
+
+
 def decode_image(
-    value: dict | str | Image.Image,  # as for `open_image`
-    row: int | str,                   # where it came from, for the message
-) -> torch.Tensor:                    # (3, height, width) uint8, RGB
+    value: Any,       # as for `open_image`
+    row: int | str,   # where it came from, for the message
+    ranges: RangesSeen | None = None,  # told of wide greyscale pictures
+) -> torch.Tensor:    # (3, height, width) uint8, RGB
     "The pixels that `open_image` gives, by the quickest way to them."
     parts = value if isinstance(value, dict) else {"path": value}
-    data, path = parts.get("bytes"), parts.get("path")
-    try:
-        if data is None and str(path).lower().endswith((".jpg", ".jpeg")):
-            with open(path, "rb") as file: data = file.read()
-        if data is not None and is_plain_jpeg(data):
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB)
-    except (OSError, RuntimeError, ValueError, SyntaxError): pass  # below is said what is wrong
-    pixels = np.array(open_image(value if data is None else {"bytes": data, "path": path}, row))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    pixels = _quick_pixels(parts.get("bytes"), parts.get("path"))
+    if pixels is not None: return pixels
+    image = open_image(value, row)
+    if ranges is not None: ranges.add(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # %% ../nbs/04_features.ipynb #ba3e8e20
 class FastProcessor:
@@ -85,13 +98,13 @@ class PassCollator:
     def __init__(
         self,
         processor: Any,  # the checkpoint's, or a `FastProcessor`: then pixels stay in 8 bits
-    ): self.processor = processor
+    ): self.processor, self.ranges = processor, RangesSeen()
 
     def __call__(self, items: list[dict]) -> dict:
-        images, read, unread = [], [], {}
-        for item in items:
-            try: images.append(decode_image(item["image"], item["row"])); read.append(item["row"])
-            except BadImage as error: unread[item["row"]] = str(error)
+        images, read, unread = [], [], {}  # read: places in this batch
+        for place, item in enumerate(items):
+            try: images.append(decode_image(item["image"], item["row"], self.ranges)); read.append(place)
+            except (BadImage, ReadError) as error: unread[item["row"]] = error
         if not images: pixels = None
         elif isinstance(self.processor, FastProcessor):
             pixels = torch.stack([self.processor.resize(image) for image in images])
@@ -165,12 +178,13 @@ def pass_workers(
 
 # %% ../nbs/04_features.ipynb #ff2be967
 def refuse_unread(
-    unread: dict[int, str],  # row -> what is wrong with it
-    on_bad_image: str,       # "stop" or "skip"
+    unread: dict[int, UserError | str],  # row -> what is wrong with it, as an error or a sentence
+    on_bad_image: str,                   # "stop" or "skip"
 ) -> None:
     "Stop at the first image that could not be read, unless they are to be skipped."
     if not unread or on_bad_image == "skip": return
-    raise BadImage(f"{unread[min(unread)]}; mend it, or pass --on_bad_image skip.")
+    first = unread[min(unread)]
+    raise what_to_do(first if isinstance(first, UserError) else BadImage(first))
 
 # %% ../nbs/04_features.ipynb #1e28e647
 def pass_loader(
@@ -208,12 +222,11 @@ def batch_features(
     backbone: nn.Module,   # for its device and width
 ) -> torch.Tensor:         # (batch, 2, embed_dim) float32 on the CPU, zeros for what could not be read
     "The features of one batch, a row for each image."
-    first, count = min([*batch["read"], *batch["unread"]]), len(batch["read"]) + len(batch["unread"])
-    result = torch.zeros(count, 2, token_layout(backbone)[1])
+    result = torch.zeros(len(batch["read"]) + len(batch["unread"]), 2, token_layout(backbone)[1])
     if batch["pixel_values"] is None: return result
     pixels = batch["pixel_values"].to(next(backbone.parameters()).device, non_blocking=True)
     if isinstance(processor, FastProcessor): pixels = processor.normalize(pixels)
-    result[torch.tensor(batch["read"]) - first] = forward(pixels).cpu()
+    result[torch.tensor(batch["read"])] = forward(pixels).cpu()
     return result
 
 # %% ../nbs/04_features.ipynb #eefb7589
@@ -225,7 +238,7 @@ def feature_batches(
     start: int = 0,         # rows that are done already
     name: str = "",         # of the split, for the progress bar
     log: Callable[[str], None] = print,
-) -> Iterator[tuple[torch.Tensor, dict[int, str]]]:  # (batch, 2, embed_dim) float32 on the CPU; unread rows
+) -> Iterator[tuple[torch.Tensor, dict[int, UserError]]]:  # (batch, 2, embed_dim) float32 on the CPU; unread rows
     "Class token and patch mean of each image in order, a batch at a time."
     if options.preprocess == "fast": processor = FastProcessor(processor)
     compiled = torch.compile(backbone, dynamic=True) if options.compile else backbone
@@ -238,8 +251,9 @@ def feature_batches(
             refuse_unread(batch["unread"], options.on_bad_image)
             yield batch_features(forward, batch, processor, backbone), batch["unread"]
             bar.update(len(batch["read"]) + len(batch["unread"]))
-    note = waiting_note(waited[0], time.perf_counter() - began, options.preprocess)
-    if note: log(note)
+    waiting = waiting_note(waited[0], time.perf_counter() - began, options.preprocess)
+    for note in (loader.collate_fn.ranges.note(), waiting):
+        if note: log(note)
 
 # %% ../nbs/04_features.ipynb #4403271b
 @dataclass
@@ -248,6 +262,7 @@ class Features:
     cls: torch.Tensor     # (images, embed_dim) float32: class token
     mean: torch.Tensor    # (images, embed_dim) float32: mean over patches
     unread: dict[int, str] = field(default_factory=dict)  # row -> why it could not be read; zeros there
+    note: str | None = None  # which range wide greyscale was taken to have, where features were kept
 
     def pool(self, pool: str) -> torch.Tensor:
         "The vectors of one pooling, (images, embed_dim), twice as wide for cls_mean."
@@ -267,7 +282,7 @@ def extract_features(
     "Every image through the backbone once."
     values, unread = [], {}
     for batch, missing in feature_batches(backbone, rows, processor, options, 0, name, log):
-        values.append(batch); unread.update(missing)
+        values.append(batch); unread.update({row: str(error) for row, error in missing.items()})
     both = torch.cat(values)
     return Features(both[:, 0].contiguous(), both[:, 1].contiguous(), unread)
 

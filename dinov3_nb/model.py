@@ -4,27 +4,37 @@
 
 # %% auto #0
 __all__ = ['DinoV3Config', 'DinoV3MLPConfig', 'DinoV3Classifier', 'DinoV3Linear', 'DinoV3MLP', 'checkpoint_activations',
-           'build_classifier', 'export_classifier']
+           'add_head', 'build_classifier', 'rebuild_classifier', 'open_source', 'DinoV3ImageProcessor',
+           'DinoV3Pipeline', 'export_classifier', 'check_exported']
 
 # %% ../nbs/02_model.ipynb #c1181078
+import base64
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel,
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+    DINOv3ViTImageProcessor, ImageClassificationPipeline, PretrainedConfig, PreTrainedModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from dinov3_nb.backbone import (  # not all used here: both halves can be imported from one place
-    ALIASES, CHECKPOINTS, TINY_FOLDER, Checkpoint, backbone_tokens, keep_4bit_layout, load_backbone,
-    load_config, load_processor, model_table_lines, pool_tokens, resolve_model_name, token_layout,
-    weight_bytes,
+    ALIASES, CHECKPOINTS, TINY_FOLDER, Checkpoint, backbone_tokens, check_files, file_sha256,
+    keep_4bit_layout, load_backbone, load_config, load_processor, model_table_lines, pool_tokens,
+    quiet_if_small, resolve_model_name, token_layout, weight_bytes,
 )
 from .config import ModelArguments, UserError
+from .images import open_image
+from .quantization import held_bytes
 
 # %% ../nbs/02_model.ipynb #0407eb26
 class DinoV3Config(PretrainedConfig):
@@ -57,6 +67,7 @@ class DinoV3MLPConfig(DinoV3Config):
 class DinoV3Classifier(PreTrainedModel):
     "What the two classifiers share; the subclasses say what the head is."
     config_class, base_model_prefix, main_input_name = DinoV3Config, "backbone", "pixel_values"
+    accepts_loss_kwargs = False  # to `Trainer`: our loss is a mean, so divide it when accumulating
     supports_gradient_checkpointing, _supports_sdpa = True, True
 
     def __init__(self, config: DinoV3Config, backbone: PreTrainedModel | None = None):
@@ -68,6 +79,10 @@ class DinoV3Classifier(PreTrainedModel):
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("mask_token"): parameter.requires_grad_(False)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any):
+        (Path(save_directory) / "digests.json").unlink(missing_ok=True)  # of older files
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear): module.reset_parameters()
@@ -128,6 +143,25 @@ def checkpoint_activations(
                         "leave it out.")
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
+# %% ../nbs/02_model.ipynb #40533d2c
+def add_head(
+    backbone: PreTrainedModel,  # from `load_backbone`
+    arguments: ModelArguments,  # which head, and what it sees
+    class_names: list[str],     # in the order of the labels
+) -> DinoV3Classifier:          # a DinoV3Linear or DinoV3MLP
+    "A classifier with a new head on a backbone that is there."
+    name, alias_size = resolve_model_name(arguments.model_name)
+    kind = {"linear": DinoV3Linear, "mlp": DinoV3MLP}[arguments.head]
+    config = kind.config_class(
+        backbone_config=backbone.config, model_name=name, pool=arguments.pool,
+        image_size=arguments.image_size or alias_size,
+        freeze_backbone=arguments.freeze_backbone, dropout=arguments.dropout,
+        id2label=dict(enumerate(class_names)),
+        label2id={class_name: i for i, class_name in enumerate(class_names)})
+    quantization = getattr(backbone.config, "quantization_config", None)
+    if quantization is not None: config.quantization_config = quantization
+    return kind(config, backbone)
+
 # %% ../nbs/02_model.ipynb #32b443e6
 def build_classifier(
     arguments: ModelArguments,               # which backbone, and the head on top
@@ -142,17 +176,67 @@ def build_classifier(
     size = arguments.image_size or alias_size
     with torch.random.fork_rng(devices=[]):
         backbone = load_backbone(name, arguments.revision, quantization_config, size)
-    kind = {"linear": DinoV3Linear, "mlp": DinoV3MLP}[arguments.head]
-    config = kind.config_class(
-        backbone_config=backbone.config, model_name=name, image_size=size, pool=arguments.pool,
-        freeze_backbone=arguments.freeze_backbone, dropout=arguments.dropout,
-        id2label=dict(enumerate(class_names)),
-        label2id={class_name: i for i, class_name in enumerate(class_names)})
-    if quantization_config is not None:
-        config.quantization_config = backbone.config.quantization_config
-    model = kind(config, backbone)
+    model = add_head(backbone, arguments, class_names)
     if arguments.gradient_checkpointing: checkpoint_activations(model)
     return model
+
+# %% ../nbs/02_model.ipynb #8031d67e
+def rebuild_classifier(
+    backbone_config: dict,      # "backbone_config" of a checkpoint
+    arguments: ModelArguments,  # of the run; `model_name` need not exist any more
+    class_names: list[str],     # in the order of the labels
+) -> DinoV3Classifier:          # with random weights
+    "The structure of a classifier, from what a checkpoint says about it."
+    kind = str(backbone_config.get("model_type"))
+    if kind not in ("dinov3_vit", "dinov3_convnext", "timm_wrapper"):
+        raise UserError(f"The checkpoint's backbone is of architecture {kind}, not DINOv3.")
+    if kind == "timm_wrapper" and importlib.util.find_spec("timm") is None:
+        raise UserError("The checkpoint's backbone is a timm model and timm is not installed: "
+                        "run `pip install timm`.")
+    config = CONFIG_MAPPING[kind].from_dict(dict(backbone_config))
+    with torch.random.fork_rng(devices=[]):
+        backbone = AutoModel.from_config(config, dtype=torch.float32)
+    return add_head(backbone.eval(), arguments, class_names)
+
+# %% ../nbs/02_model.ipynb #cd3f34c2
+def open_source(
+    source: Any,                   # a path, web address or base64, as `pipeline` takes them; a picture
+    timeout: float | None = None,  # seconds to wait for the web; None: no limit
+) -> Image.Image:                  # mode RGB, with nothing in it that asks for another turn
+    "Open what `transformers` calls an image, as `predict` opens a file."
+    if not isinstance(source, str): image = open_image(source, 0)
+    elif source.startswith(("http://", "https://")):
+        import httpx  # a quarter of a second, which only web addresses need
+        found = httpx.get(source, timeout=timeout, follow_redirects=True)
+        image = open_image({"bytes": found.raise_for_status().content}, source)
+    elif Path(source[:1000]).is_file(): image = open_image(source, 0)
+    else:
+        try: content = base64.b64decode("".join(source.split(",")[-1].split()), validate=True)
+        except ValueError: content = b""
+        if not content: raise UserError(f"There is no image {source[:200]!r}: "
+                                        "give a path, a web address or base64.")
+        image = open_image({"bytes": content}, "in base64")
+    return Image.fromarray(np.asarray(image))
+
+class DinoV3ImageProcessor(DINOv3ViTImageProcessor):
+    "DINOv3's image processor for pictures of any kind: upright, on white, 16 bits scaled to 8."
+    def fetch_images(self, images: Any) -> Any:
+        return open_source(images) if isinstance(images, str) else super().fetch_images(images)
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().process_image(open_source(image), *args, **kwargs)
+
+# %% ../nbs/02_model.ipynb #9509863f
+class DinoV3Pipeline(ImageClassificationPipeline):
+    "The `image-classification` pipeline; our classifiers see pictures as `predict` shows them."
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        if isinstance(self.model, DinoV3Classifier): image = open_source(image, timeout)
+        return super().preprocess(image, timeout=timeout)
+
+for _config in (DinoV3Config, DinoV3MLPConfig):
+    AutoImageProcessor.register(
+        _config, fast_image_processor_class=DinoV3ImageProcessor, exist_ok=True)
+PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = DinoV3Pipeline
 
 # %% ../nbs/02_model.ipynb #fff6a9cd
 def export_classifier(
@@ -161,5 +245,24 @@ def export_classifier(
     folder: str | Path,       # written to; made if need be
 ) -> None:
     "Write a folder that transformers loads, wherever dinov3_nb has been imported."
-    model.save_pretrained(folder)
+    folder = Path(folder)
+    with quiet_if_small(held_bytes(model)): model.save_pretrained(folder)
+    if type(processor) is DINOv3ViTImageProcessor:
+        processor = DinoV3ImageProcessor.from_dict(processor.to_dict())
     processor.save_pretrained(folder)
+    names = ["config.json", "preprocessor_config.json"]
+    names += sorted(file.name for file in folder.glob("model*.safetensors*"))
+    digests = {name: file_sha256(folder / name) for name in names}
+    (folder / "digests.json").write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+def check_exported(
+    folder: Path,  # written by `export_classifier`, or by another program
+) -> None:
+    "Refuse an exported folder that is not what was written; without digests there is nothing to compare."
+    place = folder / "digests.json"
+    advice = "take another copy; if you changed it on purpose, remove digests.json from the folder."
+    if not place.is_file(): return
+    try: digests = dict(json.loads(place.read_text(encoding="utf-8")))
+    except ValueError as error: raise UserError(f"{place} is damaged: {advice}") from error
+    if "config.json" not in digests: raise UserError(f"{place} is damaged: {advice}")
+    check_files(folder, digests, advice)

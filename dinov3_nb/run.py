@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['model_line', 'opening_lines', 'open_features', 'readable', 'find_rate', 'open_loaders', 'in_full', 'remembered',
-           'load_all', 'train']
+           'load_all', 'finished_state', 'print_line', 'train']
 
 # %% ../nbs/07a_run.ipynb #81a3171c
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
@@ -29,7 +30,7 @@ def model_line(
     arguments: ModelArguments,
 ) -> str:  # "Model: ..."
     "Backbone and head in one line."
-    from dinov3_nb.backbone import resolve_model_name
+    from dinov3_nb.catalogue import resolve_model_name
     given, resolved = arguments.model_name, str(resolve_model_name(arguments.model_name)[0])
     renamed = "" if resolved == given or given == "tiny" else f" -> {resolved}"
     learns = "frozen" if arguments.freeze_backbone else "trained"
@@ -74,24 +75,21 @@ def open_features(
 ) -> dict:             # {"train": `Features`, "validation": `Features`}
     "The features of both splits, from disk where they are there."
     from dinov3_nb.cache import cache_folder, kept_features
-    from dinov3_nb.images import ImageRows
     from dinov3_nb.features import PassOptions
-    splits = {name: ImageRows(split, data.image_column, data.label_column)
-              for name, split in (("train", data.train), ("validation", data.validation))}
+    splits = {name: data.rows(name) for name in ("train", "validation")}
     options = PassOptions(feature_arguments.preprocess, precision, feature_arguments.compile,
                           data_arguments.num_workers, data_arguments.on_bad_image)
     return kept_features(backbone, splits, processor, options, cache_folder(feature_arguments), log)
 
 # %% ../nbs/07a_run.ipynb #40fe0475
 def readable(
-    features: Any,      # of the split, a `Features`
-    split: Any,         # the `Dataset` they were computed from
-    label_column: str,
-) -> tuple:             # rows whose image could be read; their labels, (rows,) int64
+    features: Any,  # of the split, a `Features`
+    labels: Any,    # of the split, (images,) int64 array
+) -> tuple:         # rows whose image could be read; their labels, (rows,) int64 tensor
     "What there is to learn from."
     import torch
-    read = [row for row in range(len(split)) if row not in features.unread]
-    return read, torch.tensor(split[label_column][:])[read]
+    read = [row for row in range(len(labels)) if row not in features.unread]
+    return read, torch.as_tensor(labels, dtype=torch.int64)[read]
 
 # %% ../nbs/07a_run.ipynb #7f7e78f9
 def find_rate(
@@ -104,7 +102,7 @@ def find_rate(
     "Put the best of a bank of learning rates in the place of auto."
     from accelerate import PartialState
     from dinov3_nb.probe import find_learning_rate
-    read, labels = readable(features, data.train, data.label_column)
+    read, labels = readable(features, data.labels["train"])
     rate, lines = find_learning_rate(features.pool(pool)[read], labels, len(data.class_names), train_arguments,
                                      PartialState().num_processes)
     for line in lines: log(line)
@@ -171,6 +169,30 @@ def load_all(
     torch.manual_seed(seed)
     return data, processor, build_classifier(model_arguments, data.class_names, quantization_config(quantization_arguments))
 
+# %% ../nbs/07a_run.ipynb #54c09b7b
+def finished_state(
+    model: Any,            # on its device, with the weights of the checkpoint
+    train_arguments: TrainArguments,
+    accelerator: Any,      # device and precision
+    start: dict,           # the last checkpoint of a complete run
+    log: Callable[[str], None],
+) -> Any:                  # `TrainingState` after the last step
+    "Say that a run is complete, and return what it ended with."
+    from dinov3_nb.training import begin_run
+    rate = start["scheduler_state_dict"]["base_lrs"][0]  # a number, where auto found it too
+    arguments = replace(train_arguments, learning_rate=rate)
+    log(f"The run in {arguments.checkpoint_dir} is complete ({start['step']:,} steps): nothing to do. "
+        "To train longer, start a new run with more --epochs in another --checkpoint_dir.")
+    return begin_run(model, arguments, start["total_steps"], accelerator, start)
+
+# %% ../nbs/07a_run.ipynb #f4c03bf1
+def print_line(
+    line: str,  # of the log
+) -> None:
+    "Print a line, with escapes for what the output cannot hold."
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
 # %% ../nbs/07a_run.ipynb #97a55521
 def train(
     data_arguments: DataArguments = DataArguments(),
@@ -182,6 +204,8 @@ def train(
     log: Callable[[str], None] | None = None,  # None: print, on the main process only
 ) -> Any:                 # `TrainingState`: the model, and the curves in `history`
     "Train a classifier and leave `best.pt` and `last.pt` in the checkpoint folder."
+    from dinov3_nb.images import refuse_in_spawned_import
+    refuse_in_spawned_import()
     check_together(model_arguments, quantization_arguments)
     check_automatic_rate(data_arguments, model_arguments, feature_arguments, train_arguments)
     data_arguments, model_arguments = remembered(data_arguments, model_arguments, dataset is not None)
@@ -194,12 +218,17 @@ def train(
     accelerator = make_accelerator(train_arguments, quantization_arguments.use_4bit)
     if accelerator.num_processes > 1 and data_arguments.on_bad_image == "skip":
         raise UserError("--on_bad_image skip needs a single process: with several, batches of unequal size would wait for each other.")
-    log = log or (lambda line: accelerator.print(line, flush=True))
+    log = log or (print_line if accelerator.is_local_main_process else lambda line: None)
+    if train_arguments.resume and not start:
+        log(f"--resume found nothing to go on from in {train_arguments.checkpoint_dir}: "
+            "starting afresh")
     data, processor, model = load_all(*groups[:3], train_arguments.seed, dataset)
     if start:
         checkpoint.check_same_run(start, data, model)
         checkpoint.load_weights(model, start["model_state_dict"])
     model.to(accelerator.device)
+    if start and checkpoint.is_complete(start):
+        return finished_state(model, train_arguments, accelerator, start, log)
     for line in opening_lines(data, model, accelerator, *groups): log(line)
     if start: log(f"Going on from step {start['step']:,}, best accuracy so far {start['best_acc']:.2%}")
     folder = checkpoint.open_folder(train_arguments) if accelerator.is_main_process else Path(train_arguments.checkpoint_dir)

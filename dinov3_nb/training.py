@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parameter_groups', 'make_optimizer', 'make_scheduler', 'choose_precision', 'make_accelerator', 'make_loaders',
-           'make_feature_loaders', 'model_inputs', 'collect_logits', 'Scores', 'score', 'train_step', 'groups_of',
-           'step_seed', 'seed_step', 'log_unread', 'TrainingState', 'restore', 'check_finite', 'fit', 'plot_history',
-           'Tracker']
+           'make_feature_loaders', 'model_inputs', 'collect_logits', 'Scores', 'score', 'step_optimizer', 'train_step',
+           'groups_of', 'step_seed', 'seed_step', 'log_unread', 'closing_lines', 'TrainingState', 'restore',
+           'begin_run', 'check_finite', 'validation_advice', 'fit', 'plot_history', 'Tracker']
 
 # %% ../nbs/05_training.ipynb #a0072166
 import itertools
@@ -27,7 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .config import DataArguments, TrainArguments, UserError
 from .data import PreparedDataset
-from .images import Collator, EpochSampler, ImageRows, make_loader
+from .images import Collator, EpochSampler, explain_lost_workers, make_loader
 from .features import FastProcessor, Features, feature_loader
 from .quantization import adamw_8bit, cpu_has_bfloat16, quantized_layers
 
@@ -103,9 +103,9 @@ def make_loaders(
     train = Collator(processor, bad, data_arguments.augment, arguments.seed)
     sampler = EpochSampler(len(data.train), arguments.seed)
     size = arguments.batch_size
-    rows, held_out = (ImageRows(split, data.image_column, data.label_column) for split in (data.train, data.validation))
-    return (make_loader(rows, train, size, sampler, workers),
-            make_loader(held_out, Collator(processor, bad), max(32, size), None, workers))
+    validation = Collator(processor, bad)
+    return (make_loader(data.rows("train"), train, size, sampler, workers),
+            make_loader(data.rows("validation"), validation, max(32, size), None, workers))
 
 # %% ../nbs/05_training.ipynb #38944ec7
 def make_feature_loaders(
@@ -115,10 +115,10 @@ def make_feature_loaders(
     arguments: TrainArguments,       # batch size and seed
 ) -> tuple[DataLoader, DataLoader]:  # training, validation
     "The loaders of `make_loaders`, with features in place of pixels."
-    def labels(split): return torch.tensor(split[data.label_column][:], dtype=torch.int64)
+    labels = {name: torch.as_tensor(values) for name, values in data.labels.items()}
     sampler, size = EpochSampler(len(data.train), arguments.seed), arguments.batch_size
-    return (feature_loader(features["train"], labels(data.train), pool, size, sampler),
-            feature_loader(features["validation"], labels(data.validation), pool, max(32, size)))
+    return (feature_loader(features["train"], labels["train"], pool, size, sampler),
+            feature_loader(features["validation"], labels["validation"], pool, max(32, size)))
 
 
 def model_inputs(
@@ -139,7 +139,7 @@ def collect_logits(
     was_training = model.training
     model.eval()
     logits, labels, unread = [], [], []
-    for batch in loader:
+    for batch in explain_lost_workers(loader):
         unread += batch["skipped"]
         if not len(batch["labels"]): continue
         output = model(**model_inputs(batch)).logits.float()
@@ -173,24 +173,36 @@ def score(
     return Scores(F.cross_entropy(logits, labels).item(), right.float().mean().item(),
                   top5.float().mean().item(), recall, len(labels), list(unread))
 
+# %% ../nbs/05_training.ipynb #4ed4e211
+def step_optimizer(
+    optimizer: Any,  # prepared by accelerate
+    scaler: Any,     # gradient scaler; None without fp16
+) -> bool:           # False: a gradient overflowed, and the weights stayed as they were
+    "One step, unless the gradient scaler skips it."
+    scale = scaler.get_scale() if scaler is not None else 0.0
+    optimizer.step()
+    if getattr(optimizer, "step_was_skipped", False): return False
+    return scaler is None or scaler.get_scale() >= scale
+
 # %% ../nbs/05_training.ipynb #fb83f992
 def train_step(
     model: nn.Module,
     batches: list[dict],  # accumulated into one step; images that could not be read are not in them
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-) -> tuple[torch.Tensor, int]:  # sum of the losses over the images, on the device; number of images
+) -> tuple[torch.Tensor, int, bool]:  # summed loss, on the device; images; False: step skipped
     "Forward, loss, backward for each batch, then one step of the optimizer."
-    total, loss_sum = sum(len(b["labels"]) for b in batches), torch.zeros((), device=accelerator.device)
+    loss_sum, stepped = torch.zeros((), device=accelerator.device), True
+    total = sum(len(b["labels"]) for b in batches)
     for batch in batches:
         count = len(batch["labels"])
         if not count: continue
         loss = model(**model_inputs(batch), labels=batch["labels"]).loss
         accelerator.backward(loss * (count / total))
         loss_sum += loss.detach() * count
-    if total: optimizer.step()
+    if total: stepped = step_optimizer(optimizer, accelerator.scaler)
     optimizer.zero_grad()
-    return loss_sum, total
+    return loss_sum, total, stepped
 
 # %% ../nbs/05_training.ipynb #63415881
 def groups_of(
@@ -231,6 +243,16 @@ def log_unread(
         if (split, message) not in unread: log(f"skipped ({split}): {message}")
         unread.add((split, message))
 
+# %% ../nbs/05_training.ipynb #adeb16f0
+def closing_lines(
+    unread: set,              # what `log_unread` logged
+    collators: Iterable,      # of the loaders; those of images know which greyscale they met
+) -> list[str]:
+    "What can be said of all images once a run is over."
+    ranges = [collator.ranges.note() for collator in collators if hasattr(collator, "ranges")]
+    skipped = [f"Images skipped in all: {len(unread)}"] if unread else []
+    return skipped + list(dict.fromkeys(filter(None, ranges)))
+
 # %% ../nbs/05_training.ipynb #dae19fc7
 @dataclass
 class TrainingState:
@@ -239,7 +261,7 @@ class TrainingState:
     optimizer: Any
     scheduler: Any
     scaler: Any = None                # gradient scaler, with fp16 only
-    step: int = 0                     # optimizer steps done
+    step: int = 0                     # steps done, skipped ones of the gradient scaler included
     epoch: int = 0                    # epochs begun, counted from 1
     best_acc: float = -1.0            # best validation accuracy so far, 0 to 1; -1 before the first
     history: list[dict] = field(default_factory=list)  # one entry for each validation
@@ -258,6 +280,22 @@ def restore(
     state.step, state.epoch, state.best_acc = start["step"], start["epoch"], start["best_acc"]
     state.history = list(start["history"])
 
+
+def begin_run(
+    model: nn.Module,               # unwrapped, on its device
+    arguments: TrainArguments,      # learning rate, weight decay and warm-up
+    total_steps: int,               # of the whole run
+    accelerator: Accelerator,
+    start: dict | None = None,      # checkpoint dictionary to go on from; weights already loaded
+) -> TrainingState:                 # before its next step
+    "Optimizer, schedule and counters of a new run, or of one that goes on."
+    optimizer = make_optimizer(model, arguments)
+    scheduler = make_scheduler(optimizer, total_steps, arguments.warmup_ratio)
+    state = TrainingState(model, accelerator.prepare(optimizer), scheduler, accelerator.scaler)
+    state.total_steps = total_steps
+    if start: restore(state, start)
+    return state
+
 # %% ../nbs/05_training.ipynb #2400e5ba
 def check_finite(
     loss: float,                # mean training loss since the last look, or the validation loss
@@ -270,6 +308,18 @@ def check_finite(
     raise UserError(
         f"The {kind} loss is {loss} by step {step}: the run cannot recover and was stopped before saving. "
         f"Try a lower --learning_rate than {arguments.learning_rate}, or --mixed_precision no.")
+
+# %% ../nbs/05_training.ipynb #7c5575e1
+def validation_advice(
+    training: float,    # seconds of this run spent on training so far
+    validation: float,  # seconds spent on validation
+    interval: int,      # steps between validations
+    steps_per_epoch: int,
+) -> str | None:        # a line for the log, where a longer interval would help
+    "What to say when validation takes more time than training."
+    if validation < max(training, 1.0) or interval >= steps_per_epoch: return None
+    return (f"Validation took {validation:.1f} s so far, training {training:.1f} s: for less of "
+            f"it, give an --eval_every_steps above {interval}, or --eval_every_steps epoch.")
 
 # %% ../nbs/05_training.ipynb #0aa41d6e
 def fit(
@@ -286,46 +336,49 @@ def fit(
     "Train, validating as it goes."
     accelerator = accelerator or make_accelerator(arguments, bool(quantized_layers(model)))
     sampler, collator = train_loader.sampler, train_loader.collate_fn
-    group, plain_model = arguments.gradient_accumulation_steps, model
+    seconds, advice = dict(training=0.0, validation=0.0), None
+    group = arguments.gradient_accumulation_steps
     images_per_step = arguments.batch_size * group * accelerator.num_processes
     steps_per_epoch = math.ceil(sampler.num_images / images_per_step)
-    total_steps = steps_per_epoch * arguments.epochs
-    model = accelerator.prepare(model)
-    optimizer = accelerator.prepare(make_optimizer(plain_model, arguments))
+    interval = arguments.eval_every_steps
+    if interval == "epoch": interval = steps_per_epoch
+    if accelerator.num_processes > 1: sampler.multiple = images_per_step // group
+    prepared = accelerator.prepare(model)
+    state = begin_run(model, arguments, steps_per_epoch * arguments.epochs, accelerator, start)
     train_loader, validation_loader = accelerator.prepare(train_loader, validation_loader)
-    scheduler = make_scheduler(optimizer.optimizer, total_steps, arguments.warmup_ratio)
-    state = TrainingState(plain_model, optimizer, scheduler, accelerator.scaler, total_steps=total_steps)
-    if start: restore(state, start)
-    bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=None, leave=False)
+    bar = tqdm(total=state.total_steps, initial=state.step, unit="step", disable=None, leave=False)
 
     loss_sum, seen, since, unread = 0.0, 0, time.perf_counter(), set()
     for epoch in range(state.step // steps_per_epoch, arguments.epochs):
         sampler.epoch = collator.epoch = epoch
         sampler.start = (state.step - epoch * steps_per_epoch) * images_per_step
         state.epoch = epoch + 1
-        model.train()
-        for batches in groups_of(train_loader, group):
+        prepared.train()
+        for batches in groups_of(explain_lost_workers(train_loader), group):
             seed_step(step_seed(arguments.seed, state.step, accelerator.process_index), accelerator.device)
-            loss, count = train_step(model, batches, optimizer, accelerator)
-            scheduler.step()
+            loss, count, stepped = train_step(prepared, batches, state.optimizer, accelerator)
+            if stepped: state.scheduler.step()
             loss_sum, seen, state.step = loss_sum + loss, seen + count, state.step + 1
             for batch in batches: log_unread(batch["skipped"], "train", unread, log)
             bar.update()
             last_of_epoch = state.step == (epoch + 1) * steps_per_epoch
-            due = state.step % arguments.eval_every_steps == 0 or last_of_epoch
+            due = state.step % interval == 0 or last_of_epoch
             if seen and (due or state.step % 10 == 0):
                 check_finite(float(loss_sum) / seen, state.step, arguments)
             if not due: continue
             if not seen: raise UserError(f"No training image of the last steps could be read, by step {state.step}.")
 
-            speed = seen * accelerator.num_processes / (time.perf_counter() - since)
+            began = time.perf_counter()
+            speed = seen * accelerator.num_processes / (began - since)
             everywhere = accelerator.reduce(torch.tensor([loss_sum, seen], device=accelerator.device), "sum")
             train_loss = (everywhere[0] / everywhere[1]).item()
-            scores = score(*collect_logits(model, validation_loader, accelerator))
+            scores = score(*collect_logits(prepared, validation_loader, accelerator))
+            seconds["training"] += began - since
+            seconds["validation"] += time.perf_counter() - began
             log_unread(scores.unread, "validation", unread, log)
             check_finite(scores.loss, state.step, arguments, "validation")
             figures = dict(train_loss=train_loss, val_loss=scores.loss, val_acc=scores.accuracy,
-                           learning_rate=scheduler.get_last_lr()[0], images_per_second=speed)
+                           learning_rate=state.scheduler.get_last_lr()[0], images_per_second=speed)
             is_best = scores.accuracy > state.best_acc
             state.best_acc = max(state.best_acc, scores.accuracy)
             state.history.append(dict(epoch=state.epoch, step=state.step, **figures))
@@ -335,10 +388,13 @@ def fit(
                 if track: track(figures, state.step)
                 if save: save(state, is_best)
                 if save and is_best: log(f"Saved new best model with accuracy: {scores.accuracy:.2%}")
+                if not advice:
+                    advice = validation_advice(*seconds.values(), interval, steps_per_epoch)
+                    if advice: log(advice)
             loss_sum, seen, since = 0.0, 0, time.perf_counter()
     bar.close()
-    if unread: log(f"Images skipped in all: {len(unread)}")
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes the autocast off again
+    for line in closing_lines(unread, (collator, validation_loader.collate_fn)): log(line)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # takes the autocast off again
     return state
 
 # %% ../nbs/05_training.ipynb #538b29cc

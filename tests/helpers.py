@@ -1,21 +1,22 @@
 "Small things that several tests need: image folders, backbones with random weights, the command line as a process."
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
-import torch
+from forks import ENVIRONMENT
 from PIL import Image
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRACKIO_DIR": os.environ.get("TRACKIO_DIR", "")}
+SCRIPT = Path(sys.executable).with_name("dinov3-nb")
 
 
-def command(*arguments, cwd, timeout=300, **environment):
-    "Run `dinov3-nb` as a person would, and return the finished process."
-    script = Path(sys.executable).with_name("dinov3-nb")
-    return subprocess.run([str(script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env={**ENVIRONMENT, "TRACKIO_DIR": str(Path(cwd) / "trackio"), **environment})
+def command(*arguments, cwd, timeout=300, real=False, **environment):
+    "Run `dinov3-nb` as a person would, and return the finished process: forked (see forks.py), or a `real` one."
+    words = [str(word) for word in (SCRIPT, *arguments)]
+    environment = {**ENVIRONMENT, "TRACKIO_DIR": str(Path(cwd) / "trackio"), **environment}
+    if not real: return forks.run(words, cwd, environment, timeout)
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def make_image_folder(root, per_class=8, size=48, classes=("circle", "square", "stripes")):
@@ -37,6 +38,7 @@ def make_image_folder(root, per_class=8, size=48, classes=("circle", "square", "
 
 def save_vits16(folder):
     "Random weights in the true configuration of ViT-S/16, with its image processor."
+    import torch
     from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
     torch.manual_seed(0)
     config = DINOv3ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
@@ -48,6 +50,7 @@ def save_vits16(folder):
 
 def save_convnext(folder):
     "Random weights in a ConvNeXt configuration of DINOv3, with its image processor."
+    import torch
     from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTImageProcessor
     torch.manual_seed(0)
     DINOv3ConvNextModel(DINOv3ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[64, 128, 192, 256])).save_pretrained(folder)
@@ -58,6 +61,7 @@ def save_convnext(folder):
 def save_timm(folder):
     "Random weights of timm's ViT-S/16 twin, written by timm itself as for the Hub."
     import timm
+    import torch
     torch.manual_seed(0)
     timm.models.save_for_hf(timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0), str(folder))
     return folder

@@ -1,19 +1,37 @@
 "The benchmarks run, on very little, and both ways of a frozen run learn the same. Nothing here is timed."
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+# A script whose own processes are forked too; its words begin behind the folder of forks.py.
+FORKED = """
+import os, runpy, subprocess, sys
+sys.path[0] = sys.argv[1]
+import forks
+subprocess.run = lambda words, env=os.environ, **_: forks.run(words, os.getcwd(), env)
+sys.argv, sys.path[0] = sys.argv[2:], os.path.dirname(sys.argv[2])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def forked(words, **_):
+    here = os.path.dirname(forks.__file__)
+    return forks.run([words[0], "-c", FORKED, here, *words[1:]], here, forks.ENVIRONMENT)
 
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
     "Run a script's main with flags: its exit code, and what it wrote with --json."
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("subprocess.run", forked)
     def run(name, *flags):
         file = tmp_path / "results.json"
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags), "--json", str(file)])
@@ -27,6 +45,15 @@ def test_forward(benchmark):
                              "--batch_sizes", 2, "--repeats", 1)
     assert code == 0 and len(result["forward"]) == 2 and len(result["pass"]) == 4
     assert set(result["preprocess_ms"]) >= {"processor", "fast"}
+
+
+def test_startup(benchmark, monkeypatch):
+    def run(words, cwd=None, env=None, **named):
+        if cwd is None: return forks.REAL_RUN(words, env=env, **named)  # what Python itself asks of the system
+        return forks.run(words, cwd, {**forks.ENVIRONMENT, "DINOV3_NB_CACHE": env["DINOV3_NB_CACHE"]})
+    monkeypatch.setattr("subprocess.run", run)
+    code, result = benchmark("startup", "--repeats", 1)
+    assert code == 0 and all(len(values) == 1 for values in result["seconds"].values()) and result["ratio"] > 0
 
 
 def test_gpu_dry_run_and_the_frozen_run_in_it(benchmark):

@@ -4,11 +4,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, command, make_image_folder
+from helpers import ENVIRONMENT, SCRIPT, command, make_image_folder
 from PIL import Image
 
 TRAIN = ("train", "--dataset", "digits", "--model_name", "tiny")
@@ -23,18 +22,9 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    done = command(*QUICK, "--learning_rate", "5e-3", cwd=folder)
+    done = command(*QUICK, "--learning_rate", "5e-3", cwd=folder, real=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
-
-
-def test_help_needs_no_heavy_imports(tmp_path):
-    code = ("import sys; sys.argv[0] = 'dinov3-nb'; from dinov3_nb.cli import main; main(['--help']); "
-            "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'bitsandbytes', 'matplotlib'} & set(sys.modules); "
-            "sys.exit(str(heavy) if heavy else 0)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout and "predict" in done.stdout
 
 
 def test_train_help_shows_groups_and_every_flag(tmp_path):
@@ -59,9 +49,9 @@ def test_predict_names_a_digit(finished, tmp_path):
     from dinov3_nb.images import load_digits_dataset
     rows = load_digits_dataset()["validation"]
     for i in range(20): rows[i]["image"].save(tmp_path / f"{i:02}.png")
-    done = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--json", tmp_path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    named = [answer["labels"][0]["name"] for answer in json.loads(done.stdout)]
+    done = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--json", tmp_path, cwd=tmp_path, real=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    named = [answer["labels"][0]["name"] for answer in map(json.loads, done.stdout.splitlines())]
     right = sum(name == str(rows[i]["label"]) for i, name in enumerate(named))
     assert right >= 15, named
     table = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--top_k", "1", tmp_path / "00.png", cwd=tmp_path)
@@ -85,7 +75,7 @@ def test_a_relative_dataset_is_found_from_another_folder(images, tmp_path):
     assert scored.returncode == 0, scored.stderr
     assert f"val_acc={json.loads(scored.stdout)['top1']:.2%}" in trained.stdout
     absolute = command("train", "--dataset", images, *base, "--epochs", "1", "--checkpoint_dir", tmp_path / "run", "--resume", cwd=tmp_path)
-    assert absolute.returncode == 2 and "is complete" in absolute.stderr, absolute.stderr  # the same run, then, not another one
+    assert absolute.returncode == 0 and "is complete" in absolute.stdout, absolute.stderr  # the same run, then, not another one
 
 
 def test_digits_are_always_those_of_the_package(tmp_path):
@@ -151,7 +141,6 @@ def bad_input(images, tmp_path):
         "no network": ("train", "--dataset", "digits"),
         "unknown model": ("train", "--dataset", "digits", "--model_name", "./no_model"),
         "fp16 on a CPU": (*TRAIN, "--mixed_precision", "fp16"),
-        "nothing to resume": (*TRAIN, "--resume"),
         "unreadable checkpoint": ("predict", "--checkpoint", "notes.pt", "picture.png"),
         "missing checkpoint": ("predict", "--checkpoint", "none.pt", "picture.png"),
         "no checkpoint flag": ("predict", "picture.png"),
@@ -221,7 +210,7 @@ def trace(folder):
 def small_run(folder, flag=None, values=()):
     from dinov3_nb.cli import run_train
     flags = {"--epochs": ["1"], "--batch_size": ["64"], "--no_tracking": [], "--mixed_precision": ["no"], "--learning_rate": ["1e-3"],
-             "--train_split_ratio": ["0.4"], "--checkpoint_dir": [str(folder)], "--dataset": ["digits"], "--model_name": ["tiny"]}
+             "--train_split_ratio": ["0.2"], "--val_split_ratio": ["0.3"], "--checkpoint_dir": [str(folder)], "--dataset": ["digits"], "--model_name": ["tiny"]}
     if flag: flags[f"--{flag}"] = list(values)
     run_train([part for name, given in flags.items() for part in (name, *given)])
     return trace(folder)
@@ -260,8 +249,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     base = (*TRAIN, "--epochs", "3", "--batch_size", "16", "--dropout", "0.2", "--eval_every_steps", "20", "--no_tracking", "--num_workers", "0")
     whole = command(*base, "--checkpoint_dir", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    script = Path(sys.executable).with_name("dinov3-nb")
-    running = subprocess.Popen([str(script), *base, "--checkpoint_dir", "cut"], cwd=tmp_path, env=ENVIRONMENT,
+    running = subprocess.Popen([str(SCRIPT), *base, "--checkpoint_dir", "cut"], cwd=tmp_path, env=ENVIRONMENT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while time.time() < deadline:  # until the second checkpoint is there, then pull the plug
@@ -272,7 +260,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     running.wait()
     stopped_at = torch.load(last, weights_only=True)["step"]
     assert 40 <= stopped_at < 270, "the run was over before it was killed"
-    resumed = command(*base, "--checkpoint_dir", "cut", "--resume", cwd=tmp_path)
+    resumed = command(*base, "--checkpoint_dir", "cut", "--resume", cwd=tmp_path, real=True)
     assert resumed.returncode == 0, resumed.stderr
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
     assert a["step"] == b["step"] == 270
@@ -280,6 +268,6 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     differ = command(*base, "--checkpoint_dir", "cut", "--resume", "--learning_rate", "1", cwd=tmp_path)
     assert differ.returncode == 2 and "learning_rate was 0.0005, now 1.0" in differ.stderr
     over = command(*base, "--checkpoint_dir", "cut", "--resume", cwd=tmp_path)
-    assert over.returncode == 2 and "is complete (270 steps)" in over.stderr
+    assert over.returncode == 0 and "is complete (270 steps)" in over.stdout
     again = command(*base, "--checkpoint_dir", "cut", cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already" in again.stderr

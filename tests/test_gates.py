@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import forks
 import pytest
+from helpers import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -80,6 +82,7 @@ NOTEBOOK_FAULTS = {
     "more than 300,000": notebook(code("a = 1", [{"output_type": "stream", "name": "stdout", "text": ["x" * 300_000]}])),
     "a figure over": notebook(code("plt.plot([1]);", [{**FIGURE, "data": {"image/png": "A" * 70_000}}])),
     "not a title": {**notebook(), "cells": [code("a = 1")]},
+    "nothing of the first cell behind": {**notebook(), "cells": [{**notebook()["cells"][0], "source": ["# Title\n", "\n", "> Summary.\n", "\n", "Lost."]}]},
 }
 
 
@@ -128,7 +131,7 @@ def test_the_reference_is_not_stale():
 def test_the_tools_exit_with_1(tool, tmp_path):
     (tmp_path / "bad.ipynb").write_text(json.dumps(NOTEBOOK_FAULTS["not clean"]))
     target = tmp_path if tool == "check_site.py" else tmp_path / "bad.ipynb"
-    assert subprocess.run([sys.executable, f"tools/{tool}", str(target)], cwd=ROOT, capture_output=True).returncode == 1
+    assert forks.run([sys.executable, f"tools/{tool}", target], ROOT, ENVIRONMENT).returncode == 1
 
 
 def test_the_sync_check_notices_a_change(tmp_path):

@@ -1,14 +1,14 @@
 "A stand-in for the Hub on this machine's loopback: gated, refused, missing and served repositories, and no network at all."
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import forks
 import pytest
 from dinov3_nb.backbone import TINY_FOLDER
+from forks import ENVIRONMENT
 
 GATED, REFUSED, SERVED = "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/dinov3-vitb16-pretrain-lvd1689m", "someone/small-dinov3"
 COMMIT = "0" * 40
@@ -64,9 +64,9 @@ def endpoint():
 
 def ask(cache, names, **environment):
     "Load each (name, revision) in a process of its own, with an empty cache; the answers in words."
-    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    run = subprocess.run([sys.executable, "-c", TRY, json.dumps(names)], capture_output=True, text=True, timeout=300,
-                         env={**clean, "HF_HOME": str(cache), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment})
+    clean = {k: v for k, v in ENVIRONMENT.items() if not k.lower().endswith("_proxy") and k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment = {**clean, "HF_HOME": cache, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    run = forks.run([sys.executable, "-c", TRY, json.dumps(names)], cache, environment)
     assert "ANSWERS" in run.stdout, run.stderr[-3000:]
     return json.loads(run.stdout.split("ANSWERS")[1])
 
@@ -92,5 +92,6 @@ def test_no_network(tmp_path):
 
 
 def test_offline_by_choice(tmp_path):
-    answer, = ask(tmp_path, [("timm/vit_small_patch16_dinov3.lvd1689m", None)], HF_HUB_OFFLINE="1")
+    run = forks.run([sys.executable, "-c", TRY, json.dumps([("timm/vit_small_patch16_dinov3.lvd1689m", None)])], tmp_path, ENVIRONMENT)
+    answer, = json.loads(run.stdout.split("ANSWERS")[1])  # what all commands of the tests see: offline, with an empty cache
     assert "the Hub cannot be reached" in answer

@@ -12,22 +12,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "JupyterLab on loopback in an empty folder; its address."
-    log = open(tmp_path.parent / f"{tmp_path.name}.log", "w+")
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab on loopback in an empty folder; that folder and its address."
+    folder, log = tmp_path_factory.mktemp("lab"), open(tmp_path_factory.mktemp("log") / "log", "w+")
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", "--IdentityProvider.token=", "--ServerApp.password=",
-               f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+               f"--ServerApp.root_dir={folder}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # figures go into the notebook
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=subprocess.STDOUT,
-                              env={**environment, "HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "TQDM_DISABLE": "1"})
+                              env={**environment, "HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(folder / "config"), "TQDM_DISABLE": "1"})
     try:
         for _ in range(120):
             time.sleep(0.5)
             found = re.search(r"http://127\.0\.0\.1:\d+", Path(log.name).read_text())
             if found: break
         assert found, Path(log.name).read_text()
-        yield found[0]
+        yield folder, found[0]
     finally:
         server.terminate()
         server.wait(30)
@@ -65,20 +65,22 @@ def errors(cells):
     return raised + ["".join(c["source"])[:40] for c in cells if not c["execution_count"] and not raised]
 
 
-def test_the_quick_start_runs_in_jupyterlab(browser, lab, tmp_path):
+def test_the_quick_start_runs_in_jupyterlab(browser, lab):
     source = json.loads((ROOT / "nbs/tutorials/quickstart.ipynb").read_text(encoding="utf-8"))
     # What the flag `eval: false` marks needs Meta's weights: shown to readers, left out of a run here.
     source["cells"] = [c for c in source["cells"] if "facebook/dinov3" not in "".join(c["source"]) or c["cell_type"] != "code"]
-    path = tmp_path / "quickstart.ipynb"
+    folder, address = lab
+    path = folder / "quickstart.ipynb"
     path.write_text(json.dumps(source))
-    cells = run_all(browser, lab, path)
+    cells = run_all(browser, address, path)
     assert errors(cells) == []
     assert any("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
 
 
-def test_an_error_in_a_notebook_is_noticed(browser, lab, tmp_path):
+def test_an_error_in_a_notebook_is_noticed(browser, lab):
     source = json.loads((ROOT / "nbs/tutorials/quickstart.ipynb").read_text(encoding="utf-8"))
     source["cells"] = [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": ["1 / 0"]}]
-    path = tmp_path / "broken.ipynb"
+    folder, address = lab
+    path = folder / "broken.ipynb"
     path.write_text(json.dumps(source))
-    assert errors(run_all(browser, lab, path, seconds=60)) == ["ZeroDivisionError"]
+    assert errors(run_all(browser, address, path, seconds=60)) == ["ZeroDivisionError"]

@@ -1,10 +1,11 @@
-"Each notebook is one test: nbdev's own runner, in a fresh process, with the flags that settings.ini skips."
+"Each notebook is one test: nbdev's own runner, in a process of its own, with the flags that settings.ini skips."
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
+from helpers import ENVIRONMENT
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
@@ -28,9 +29,7 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[p.relative_to(CONFIG.nbs_path).with_suffix("").as_posix() for p in NOTEBOOKS])
 def test_notebook(notebook, pytestconfig):
     flags = pytestconfig.getoption("--nb-flags")
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, str(notebook), CONFIG.tst_flags, flags, str(ROOT)],
-        cwd=notebook.parent, capture_output=True, text=True, timeout=1800 if flags else 600,
-        env={**os.environ, "IN_TEST": "1"},
-    )
+    words = [sys.executable, "-c", RUN, str(notebook), CONFIG.tst_flags, flags, str(ROOT)]
+    # With flags a notebook may want the user's own models; without, there are none, so that it needs none.
+    run = forks.run(words, notebook.parent, {**(os.environ if flags else ENVIRONMENT), "IN_TEST": "1"}, 1800 if flags else 600)
     assert run.returncode == 0, f"{notebook.name} failed\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}"

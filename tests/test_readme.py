@@ -2,10 +2,10 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from helpers import ENVIRONMENT, make_image_folder
 
@@ -18,7 +18,7 @@ CLONE = "git clone https://github.com/dinov3-nb/dinov3_nb && cd dinov3_nb"
 
 
 def test_readme_is_not_stale():
-    done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = forks.run([sys.executable, "tools/readme.py", "--check"], ROOT, ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 
 
@@ -42,10 +42,9 @@ def expectation(line):
 
 def run(words, folder):
     "One command in the folder, offline, with an empty model cache, and `dinov3-nb` from this environment."
-    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE")}
-    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "TRACKIO_DIR": str(folder / "trackio"), "CUDA_VISIBLE_DEVICES": "",
-                    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**ENVIRONMENT, "TRACKIO_DIR": str(folder / "trackio"), "CUDA_VISIBLE_DEVICES": "",
+                   "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    return forks.run(words, folder, environment)
 
 
 def run_blocks(text, folder):

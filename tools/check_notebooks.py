@@ -51,6 +51,7 @@ def check(path):
     if not is_clean(notebook): problems.append("not clean: run nbdev_clean")
     first = "".join(notebook["cells"][0]["source"]) if notebook["cells"] else ""
     if not re.match(r"# \S.*\n+> \S", first): problems.append("the first cell is not a title with a > summary")
+    elif re.sub(r"^# .*\n+(> .*\n?)+", "", first).strip(): problems.append("nbdev shows nothing of the first cell behind its summary")
     for i, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] != "code": continue
         source, outputs = "".join(cell["source"]), cell["outputs"]

@@ -90,6 +90,7 @@ def check(site, symbols=(), root=ROOT):
 
 def public_symbols():
     "Every public name that nbdev's index knows, so that backticks around it should have become a link."
+    import _dinov3_nb_command  # nbdev imports the package: this leaves PyTorch out
     from nbdev.config import get_config
     from dinov3_nb._modidx import d
     lib = get_config(path=ROOT).lib_path.name

@@ -5,6 +5,7 @@ This is what `nbdev_readme` does, with nbconvert in place of Quarto.
 import re
 import sys
 
+import _dinov3_nb_command  # nbdev imports the package: this leaves PyTorch out
 import nbformat
 import yaml
 from execnb.nbio import nb2str, read_nb
