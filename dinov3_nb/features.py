@@ -41,14 +41,21 @@ def is_plain_jpeg(
         return image.format == "JPEG" and image.mode in ("RGB", "L") and find_turn(image) is None
 
 # %% ../nbs/04_features.ipynb #1822ae12
+def _jpeg_file(
+    path: Any,        # of an image
+) -> bytes | None:    # all of it; None: it has another ending, or `open_image` will say what is wrong
+    "What is in a JPEG file."
+    if not isinstance(path, (str, os.PathLike)) or not str(path).lower().endswith((".jpg", ".jpeg")): return None
+    try:
+        with open(path, "rb") as file: return file.read()
+    except Exception: return None
+
+
 def _quick_pixels(
-    data: bytes | None,     # a whole file, if it is in memory already
-    path: Any,              # where it is, if not
+    data: bytes | None,     # a whole file
 ) -> torch.Tensor | None:   # (3, height, width) uint8; None: not a case for torchvision
     "The pixels of a plain JPEG, without PIL."
     try:
-        if data is None and isinstance(path, (str, os.PathLike)) and str(path).lower().endswith((".jpg", ".jpeg")):
-            with open(path, "rb") as file: data = file.read()
         if not isinstance(data, bytes) or not is_plain_jpeg(data): return None
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_jpeg(encoded, mode=ImageReadMode.RGB)
@@ -62,9 +69,11 @@ def decode_image(
 ) -> torch.Tensor:    # (3, height, width) uint8, RGB
     "The pixels that `open_image` gives, by the quickest way to them."
     parts = value if isinstance(value, dict) else {"path": value}
-    pixels = _quick_pixels(parts.get("bytes"), parts.get("path"))
+    data, path = parts.get("bytes"), parts.get("path")
+    if data is None: data = _jpeg_file(path)
+    pixels = _quick_pixels(data)
     if pixels is not None: return pixels
-    image = open_image(value, row)
+    image = open_image(value if data is None else {"bytes": data, "path": path}, row)  # read once
     if ranges is not None: ranges.add(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -6,7 +6,6 @@ import resource
 import signal
 import sys
 import time
-from pathlib import Path
 
 import forks
 import pytest

@@ -1,5 +1,4 @@
 "A forked command is what a process of its own would be, and a real process wherever it could not be the same."
-import os
 import subprocess
 import sys
 from pathlib import Path

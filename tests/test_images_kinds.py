@@ -382,3 +382,13 @@ def test_a_script_without_a_guard_ends_in_a_sentence(method, line, tmp_path):
     else: run = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and "if __name__ == \"__main__\"" in run.stderr.strip().split("\n")[-1], run.stderr
     if not line: assert run.stderr.count("\n") == 1, run.stderr
+
+
+def test_a_turned_photograph_is_read_once(tmp_path, monkeypatch):
+    "It is no case for the fast path, which hands on what it has read."
+    exif = Image.Exif(); exif[0x0112] = 6
+    Image.effect_noise((40, 24), 60).convert("RGB").save(tmp_path / "a.jpg", exif=exif)
+    opened, usual = [], builtins.open
+    monkeypatch.setattr(builtins, "open", lambda file, *given, **named: opened.append(str(file)) or usual(file, *given, **named))
+    pixels = decode_image({"bytes": None, "path": str(tmp_path / "a.jpg")}, 0)
+    assert opened.count(str(tmp_path / "a.jpg")) == 1 and pixels.shape == (3, 40, 24)
