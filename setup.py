@@ -28,7 +28,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=find_packages(include=["dinov3_nb", "dinov3_nb.*"]),
-    py_modules=["_dinov3_nb_command"],
+    py_modules=["_dinov3_nb_command", "_dinov3_nb_docs"],
     package_data={"dinov3_nb": ["tiny/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=shlex.split(settings["requirements"]),

@@ -12,7 +12,7 @@ import torch
 
 from common import (SHAPES, command_line, cpu_seconds, describe_machine, gflop, make_backbone,
                     make_photographs, matmul_rate, write_json)
-from dinov3_nb.config import DataArguments
+from dinov3_nb.core import DataArguments
 from dinov3_nb.data import load_and_prepare_dataset
 from dinov3_nb.images import Collator, ImageRows
 from dinov3_nb.features import (FastProcessor, PassCollator, PassOptions, both_pools, decode_image,

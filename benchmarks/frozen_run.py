@@ -43,7 +43,7 @@ def parse_arguments():
 def model_name(given):
     "The folder of the weights."
     if not given.pair: return str(Path(given.folder) / "model")
-    from dinov3_nb.backbone import TINY_FOLDER
+    from dinov3_nb.weights import TINY_FOLDER
     return str(TINY_FOLDER)
 
 
@@ -51,7 +51,7 @@ def run_plain(given):
     "The loop of plain_loop.py."
     import plain_loop
     if given.pair:
-        from dinov3_nb.images import load_digits_dataset
+        from dinov3_nb.sources import load_digits_dataset
         splits = load_digits_dataset()
         data = [plain_loop.DatasetRows(splits[name]) for name in ("train", "validation")]
     else: data = [plain_loop.ImageFiles(Path(given.folder) / "images" / name) for name in ("train", "val")]
@@ -60,20 +60,16 @@ def run_plain(given):
 
 def run_train(given):
     "The same job for `dinov3_nb`; the first line of its log comes after the weights and before the images."
-    from dinov3_nb.run import train
-    from dinov3_nb.config import DataArguments, FeatureArguments, ModelArguments, TrainArguments
+    from dinov3_nb import train
     stamps = []
     def log(line): stamps.append(time.perf_counter()); print(line, file=sys.stderr)
     dataset = "digits" if given.pair else str(Path(given.folder) / "images")
     with tempfile.TemporaryDirectory() as checkpoints:
         state = train(
-            DataArguments(dataset=dataset, train_split_ratio=1.0, val_split_ratio=1.0),
-            ModelArguments(model_name=model_name(given)),
-            train_arguments=TrainArguments(
-                epochs=given.epochs, batch_size=given.batch_size, eval_every_steps=given.eval_every_steps,
-                mixed_precision=given.precision, learning_rate=given.learning_rate,
-                checkpoint_dir=checkpoints, overwrite=True, no_tracking=True),
-            feature_arguments=FeatureArguments(cache_dir=given.cache_dir), log=log)
+            dataset=dataset, train_split_ratio=1.0, val_split_ratio=1.0, model_name=model_name(given),
+            epochs=given.epochs, batch_size=given.batch_size, eval_every_steps=given.eval_every_steps,
+            mixed_precision=given.precision, learning_rate=given.learning_rate, cache_dir=given.cache_dir,
+            checkpoint_dir=checkpoints, overwrite=True, no_tracking=True, log=log)
     curve = [[h[name] for name in ("step", "train_loss", "val_loss", "val_acc")] for h in state.history]
     return {"seconds": stamps[-1] - stamps[0], "curve": curve}
 

@@ -18,7 +18,7 @@ from transformers import DINOv3ViTImageProcessor
 
 from common import (SHAPES, command_line, describe_machine, gflop, make_backbone, make_photographs,
                     matmul_rate, save_backbone, write_json)
-from dinov3_nb.config import DataArguments, QuantizationArguments
+from dinov3_nb.core import DataArguments, QuantizationArguments
 from dinov3_nb.data import load_and_prepare_dataset
 from dinov3_nb.images import ImageRows
 from dinov3_nb.features import InPieces, PassOptions, both_pools, extract_features

@@ -36,7 +36,7 @@ def main():
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    from dinov3_nb.images import load_digits_dataset
+    from dinov3_nb.sources import load_digits_dataset
     found = {"libraries": [], **{name: [] for name in COMMANDS}}
     with tempfile.TemporaryDirectory() as folder:
         load_digits_dataset()["validation"][0]["image"].save(Path(folder) / "picture.png")

@@ -7,7 +7,11 @@ __version__ = "0.1.0"
 # seconds. The command line (_dinov3_nb_command.py) does without: each command imports what it needs itself.
 if "_dinov3_nb_command" not in sys.modules:
     from dinov3_nb.backbone import load_backbone, pool_tokens
-    from dinov3_nb.config import DataArguments, ModelArguments, QuantizationArguments, TrainArguments, UserError
+    from dinov3_nb.core import (
+        DataArguments, FeatureArguments, ModelArguments, QuantizationArguments, Settings,
+        TrainArguments, UserError,
+    )
+    from dinov3_nb.evaluation import evaluate
     from dinov3_nb.inference import Classifier, load_classifier
     from dinov3_nb.model import DinoV3Config, DinoV3Linear, DinoV3MLP
-    from dinov3_nb.run import train
+    from dinov3_nb.run import probe, train

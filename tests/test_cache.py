@@ -11,13 +11,14 @@ import forks
 import pytest
 import torch
 
-import dinov3_nb.cache as cache
-from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, load_backbone, train
-from dinov3_nb.config import FeatureArguments
+from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, entries, load_backbone, train
+from dinov3_nb.cache import kept_features
+from dinov3_nb.core import FeatureArguments
 from dinov3_nb.data import load_and_prepare_dataset
 from dinov3_nb.images import ImageRows
 from dinov3_nb.features import PassOptions, extract_features
 from dinov3_nb.backbone import load_processor
+from dinov3_nb.records import clear_entries, list_entries, read_record
 from helpers import ENVIRONMENT, command, make_image_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -42,7 +43,7 @@ def few(): return load_parts(0.07)  # 100 images: each fault costs a pass over a
 
 def keep(parts, folder, log=lambda line: None):
     backbone, rows, processor, _ = parts
-    return cache.kept_features(backbone, {"train": rows}, processor, OPTIONS, folder, log)["train"]
+    return kept_features(backbone, {"train": rows}, processor, OPTIONS, folder, log)["train"]
 
 
 def same(parts, found):
@@ -57,7 +58,7 @@ def slow_down(backbone, seconds, calls=None):
 
 
 def make_slowly(parts, folder):
-    cache.SAVE_SECONDS = 0.05
+    entries._SAVE_SECONDS = 0.05
     slow_down(parts[0], 0.012)
     keep(parts, folder)
 
@@ -70,7 +71,7 @@ def test_killed_ten_times(parts, tmp_path):
         time.sleep(chance.uniform(0.02, 0.4))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        records = [cache.read_record(place) for place in tmp_path.glob("*.partial")]
+        records = [read_record(place) for place in tmp_path.glob("*.partial")]
         saved.append(max([r["chunks"][-1][0] for r in records if r and r["chunks"]], default=0))
     assert saved == sorted(saved) and 0 < saved[-1] < 1437, saved  # never back, and not by luck finished
     calls = []
@@ -130,7 +131,7 @@ def test_write_error_in_the_middle(parts, tmp_path, monkeypatch):
     "A limit on the size of files stands in for a disk that fills up during the pass."
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(cache, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(entries, "_SAVE_SECONDS", 0.0)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
         with pytest.raises(UserError, match="cannot be written .*: choose another --cache_dir"): keep(parts, tmp_path)
@@ -186,8 +187,8 @@ def run(tmp_path, name, dataset="digits", cache_features="auto", share=1.0, **tr
     lines, skip = [], {"on_bad_image": "skip"} if dataset != "digits" else {"train_split_ratio": share, "val_split_ratio": share}
     arguments = TrainArguments(**{**dict(checkpoint_dir=str(tmp_path / name), no_tracking=True, epochs=2, mixed_precision="no",
                                          batch_size=32, eval_every_steps=20), **training})
-    state = train(DataArguments(dataset=dataset, **skip), ModelArguments(model_name="tiny", dropout=0.1), train_arguments=arguments,
-                  feature_arguments=FeatureArguments(cache_features=cache_features, cache_dir=str(tmp_path / "kept")), log=lines.append)
+    state = train(DataArguments(dataset=dataset, **skip), ModelArguments(model_name="tiny", dropout=0.1), training=arguments,
+                  features=FeatureArguments(cache_features=cache_features, cache_dir=str(tmp_path / "kept")), log=lines.append)
     return state, [line for line in lines if not line.startswith(("Features", "Done"))]
 
 
@@ -210,17 +211,17 @@ def test_bad_images_with_and_without(tmp_path):
         _, kept_said = run(tmp_path, name, str(folder))
         assert said == kept_said and sum("skipped (" in line for line in said) == 2
     with pytest.raises(UserError, match="cannot be decoded.*mend it"):
-        train(DataArguments(dataset=str(folder)), ModelArguments(model_name="tiny"), train_arguments=TrainArguments(
+        train(DataArguments(dataset=str(folder)), ModelArguments(model_name="tiny"), training=TrainArguments(
             checkpoint_dir=str(tmp_path / "stopped"), no_tracking=True, mixed_precision="no"),
-            feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")))
+            features=FeatureArguments(cache_dir=str(tmp_path / "kept")))
 
 
 def test_nothing_kept_where_features_change(tmp_path):
     for name, data, model in (("augmented", {"augment": "crop_flip"}, {}), ("unfrozen", {}, {"freeze_backbone": False})):
         train(DataArguments(dataset="digits", train_split_ratio=0.05, val_split_ratio=0.05, **data), ModelArguments(model_name="tiny", **model),
-              train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / name), no_tracking=True, epochs=1, mixed_precision="no"),
-              feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")), log=lambda line: None)
-    assert cache.list_entries(tmp_path / "kept") == []
+              training=TrainArguments(checkpoint_dir=str(tmp_path / name), no_tracking=True, epochs=1, mixed_precision="no"),
+              features=FeatureArguments(cache_dir=str(tmp_path / "kept")), log=lambda line: None)
+    assert list_entries(tmp_path / "kept") == []
 
 
 def test_automatic_rate_survives_a_resume(tmp_path):
@@ -232,18 +233,26 @@ def test_automatic_rate_survives_a_resume(tmp_path):
     def stop(line):
         if "step 60" in line: raise Stop
     common = dict(no_tracking=True, epochs=2, mixed_precision="no", batch_size=32, eval_every_steps=20, learning_rate="auto")
-    rest = dict(feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")))
+    rest = dict(features=FeatureArguments(cache_dir=str(tmp_path / "kept")))
     with pytest.raises(Stop):
         train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny", dropout=0.1),
-              train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), **common), log=stop, **rest)
+              training=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), **common), log=stop, **rest)
     resumed = train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny", dropout=0.1),
-                    train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), resume=True, **common), **rest)
+                    training=TrainArguments(checkpoint_dir=str(tmp_path / "halved"), resume=True, **common), **rest)
     assert torch.equal(whole.model.head.weight, resumed.model.head.weight)
     found = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "halved")]
     for kept in found:  # what was asked for, and what came of it
         assert kept["config"]["learning_rate"] == "auto"
         assert kept["config"]["found_learning_rate"] == kept["scheduler_state_dict"]["base_lrs"][0]
     assert found[0]["config"]["found_learning_rate"] == found[1]["config"]["found_learning_rate"]
+
+
+def test_clearing_leaves_what_a_run_is_computing(few, tmp_path):
+    keep(few, tmp_path)
+    entry, = list_entries(tmp_path)
+    assert entry.finished
+    with entries.lock_entry(tmp_path / entry.key, print): assert clear_entries(tmp_path, [entry.key[:6]]) == []
+    assert [e.key for e in clear_entries(tmp_path, [entry.key[:6]])] == [entry.key] and list_entries(tmp_path) == []
 
 
 def test_features_command(tmp_path):
@@ -259,8 +268,8 @@ def test_fast_preprocessing_in_every_kind_of_run(tmp_path):
         for preprocess in ("processor", "fast"):
             state = train(DataArguments(dataset=str(tmp_path / "images") if (tmp_path / "images").exists() else str(make_image_folder(tmp_path / "images"))),
                           ModelArguments(model_name="tiny", **model),
-                          train_arguments=TrainArguments(checkpoint_dir=str(tmp_path / name / preprocess), no_tracking=True, epochs=1, mixed_precision="no"),
-                          feature_arguments=FeatureArguments(preprocess=preprocess, cache_dir=str(tmp_path / "kept")), log=lambda line: None)
+                          training=TrainArguments(checkpoint_dir=str(tmp_path / name / preprocess), no_tracking=True, epochs=1, mixed_precision="no"),
+                          features=FeatureArguments(preprocess=preprocess, cache_dir=str(tmp_path / "kept")), log=lambda line: None)
             losses.append(state.history[-1]["val_loss"])
         assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.02, (name, losses)
-    assert len(cache.list_entries(tmp_path / "kept")) == 4  # training and validation, each prepared in two ways
+    assert len(list_entries(tmp_path / "kept")) == 4  # training and validation, each prepared in two ways

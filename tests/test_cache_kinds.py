@@ -15,6 +15,7 @@ from dinov3_nb.backbone import load_backbone, load_processor
 from dinov3_nb.features import PassOptions, extract_features
 from dinov3_nb.images import ImageRows
 from dinov3_nb.pictures import BadImage, ReadError
+from dinov3_nb.records import read_record
 
 SKIP = PassOptions(on_bad_image="skip", batch_size=4, num_workers=0)
 FEATURE = datasets.Features(image=datasets.Image(decode=False))
@@ -54,7 +55,7 @@ def away(monkeypatch, files, number=errno.EIO):
 
 def record_of(folder):
     place, = (place for place in folder.iterdir() if not place.name.startswith("."))
-    return place, cache.read_record(place)
+    return place, read_record(place)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOMEM])
@@ -120,17 +121,17 @@ def test_damage_to_rows_that_were_read_late(parts, pictures, tmp_path, monkeypat
 
 
 def test_another_file_of_the_same_size_and_time(pictures):
-    before = cache.images_digest(rows_of(pictures))
-    assert cache.images_digest(rows_of(pictures)) == before
-    def changed(): return cache.images_digest(rows_of(pictures)) != before
+    before = cache._images_digest(rows_of(pictures))
+    assert cache._images_digest(rows_of(pictures)) == before
+    def changed(): return cache._images_digest(rows_of(pictures)) != before
     state = os.stat(pictures[0])
     content = bytearray(pictures[0].read_bytes()); content[-20] ^= 1
     pictures[0].write_bytes(content); os.utime(pictures[0], ns=(state.st_atime_ns, state.st_mtime_ns))  # in place
     assert os.stat(pictures[0]).st_mtime_ns == state.st_mtime_ns and changed()
-    before = cache.images_digest(rows_of(pictures))
+    before = cache._images_digest(rows_of(pictures))
     shutil.copy2(pictures[1], pictures[1].with_suffix(".new")); os.replace(pictures[1].with_suffix(".new"), pictures[1])  # in its place
     assert changed()
-    assert cache.images_digest(rows_of([*pictures[:-1], "gone.png"])) != cache.images_digest(rows_of([*pictures[:-1], "gone too.png"]))
+    assert cache._images_digest(rows_of([*pictures[:-1], "gone.png"])) != cache._images_digest(rows_of([*pictures[:-1], "gone too.png"]))
 
 
 def test_the_range_is_told_again(parts, tmp_path):

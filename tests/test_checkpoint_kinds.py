@@ -8,15 +8,16 @@ import torch
 from helpers import make_image_folder, save_convnext
 from PIL import Image
 
-from dinov3_nb.backbone import TINY_FOLDER, load_backbone, load_processor
-from dinov3_nb.checkpoint import (
-    check_same_run, checkpoint_saver, content_digest, find_start, is_complete, list_content, read_checkpoint, save_atomically,
-)
-from dinov3_nb.config import DataArguments, ModelArguments, QuantizationArguments, TrainArguments, UserError, flatten_arguments
+from dinov3_nb.backbone import load_backbone, load_processor
+from dinov3_nb.weights import TINY_FOLDER
+from dinov3_nb.checkpoint import check_same_run, checkpoint_saver, find_start, is_complete
+from dinov3_nb.core import DataArguments, ModelArguments, QuantizationArguments, TrainArguments, UserError, make_settings
 from dinov3_nb.data import load_and_prepare_dataset
+from dinov3_nb.files import _content_digest, _list_content, read_checkpoint, save_atomically
 from dinov3_nb.model import build_classifier
+from dinov3_nb.optimizer import make_optimizer, make_scheduler
 from dinov3_nb.quantization import quantization_config
-from dinov3_nb.training import TrainingState, make_optimizer, make_scheduler
+from dinov3_nb.training import TrainingState
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ class Run:
         self.quantization = QuantizationArguments(use_4bit=four_bits)
         self.arguments = TrainArguments(checkpoint_dir=str(folder))
         groups = DataArguments(str(images)), self.model_arguments, self.quantization, self.arguments
-        self.data, self.processor, self.config = load_and_prepare_dataset(groups[0]), load_processor(model_name), flatten_arguments(*groups)
+        self.data, self.processor, self.config = load_and_prepare_dataset(groups[0]), load_processor(model_name), make_settings(*groups).flat()
         self.model = self.build(seed)
         self.save = checkpoint_saver(folder, self.config, self.data, self.processor)
 
@@ -63,12 +64,12 @@ def flip(content, bit):
 
 def check_flips(path, bits, tmp_path):
     "How many of the flipped bits were refused; the others changed nothing that was saved."
-    content, wanted, refused = path.read_bytes(), content_digest(read_checkpoint(path)), 0
+    content, wanted, refused = path.read_bytes(), _content_digest(read_checkpoint(path)), 0
     for bit in bits:
         (tmp_path / "flipped.pt").write_bytes(flip(content, bit))
         try: found = read_checkpoint(tmp_path / "flipped.pt")
         except UserError: refused += 1; continue
-        assert content_digest(found) == wanted, bit
+        assert _content_digest(found) == wanted, bit
     return refused
 
 
@@ -87,10 +88,10 @@ def test_the_digest_sees_what_a_comparison_does_not():
               [[1], 2], [[1, 2]], [1, [2]], {"a": 1, "b": 2}, {"b": 2, "a": 1}, "a\nb", ["a", "b"], torch.zeros(2), torch.zeros(2, 1),
               torch.zeros(2, dtype=torch.float64), torch.tensor([0.0, -0.0]), torch.zeros(2, dtype=torch.bool), torch.zeros(0), torch.tensor(0.0)]
     values[17] = 0.1 + 1.4e-17  # the next number after 0.1
-    assert len({content_digest({"x": value}) for value in values}) == len(values)
+    assert len({_content_digest({"x": value}) for value in values}) == len(values)
     weights = torch.arange(12.0).reshape(3, 4)
-    assert content_digest(weights.T) == content_digest(weights.T.contiguous()) != content_digest(weights)
-    assert content_digest(weights.bfloat16()) != content_digest(weights.half()) and next(list_content(weights)) is weights
+    assert _content_digest(weights.T) == _content_digest(weights.T.contiguous()) != _content_digest(weights)
+    assert _content_digest(weights.bfloat16()) != _content_digest(weights.half()) and next(_list_content(weights)) is weights
 
 
 def test_a_digest_that_is_gone_is_damage_and_the_origin_has_none(saved, tmp_path):
@@ -131,13 +132,13 @@ def test_what_a_checkpoint_says_about_its_run(saved):
 
 def test_the_run_is_described_once(images, tmp_path, monkeypatch):
     from dinov3_nb import checkpoint as module
-    counts = {"labels_digest": 0, "image_ids": 0, "backbone_fingerprint": 0}
+    counts = {"_labels_digest": 0, "image_ids": 0, "backbone_fingerprint": 0}
     for name in counts:
         def counted(*given, name=name, call=getattr(module, name)): counts[name] += 1; return call(*given)
         monkeypatch.setattr(module, name, counted)
     run = Run(images, tmp_path / "run")
     for count in (1, 2, 3): run.step(count=count)
-    assert counts == {"labels_digest": 1, "image_ids": 2, "backbone_fingerprint": 1}  # images that were learnt from, and that were held out
+    assert counts == {"_labels_digest": 1, "image_ids": 2, "backbone_fingerprint": 1}  # images that were learnt from, and that were held out
 
 
 def test_best_of_a_trained_backbone_leaves_out_the_averages(images, tmp_path):

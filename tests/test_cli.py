@@ -30,8 +30,8 @@ def test_train_help_shows_groups_and_every_flag(tmp_path):
     done = command("train", "--help", cwd=tmp_path)
     assert done.returncode == 0
     from dataclasses import fields
-    from dinov3_nb.cli import GROUPS
-    for title, group in GROUPS:
+    from dinov3_nb.cli import _GROUPS
+    for title, group in _GROUPS:
         assert f"\n{title}:" in done.stdout
         for f in fields(group): assert f"--{f.name}" in done.stdout
 
@@ -45,7 +45,7 @@ def test_the_log(finished):
 
 
 def test_predict_names_a_digit(finished, tmp_path):
-    from dinov3_nb.images import load_digits_dataset
+    from dinov3_nb.sources import load_digits_dataset
     rows = load_digits_dataset()["validation"]
     for i in range(20): rows[i]["image"].save(tmp_path / f"{i:02}.png")
     done = command("predict", "--checkpoint", finished[0] / "checkpoints_dinov3", "--json", tmp_path, cwd=tmp_path, real=True)
@@ -207,11 +207,11 @@ def trace(folder):
 
 
 def small_run(folder, flag=None, values=()):
-    from dinov3_nb.cli import run_train
+    from dinov3_nb.cli import _run_train
     flags = {"--epochs": ["1"], "--batch_size": ["64"], "--no_tracking": [], "--mixed_precision": ["no"], "--learning_rate": ["1e-3"],
              "--train_split_ratio": ["0.2"], "--val_split_ratio": ["0.3"], "--checkpoint_dir": [str(folder)], "--dataset": ["digits"], "--model_name": ["tiny"]}
     if flag: flags[f"--{flag}"] = list(values)
-    run_train([part for name, given in flags.items() for part in (name, *given)])
+    _run_train([part for name, given in flags.items() for part in (name, *given)])
     return trace(folder)
 
 
@@ -227,11 +227,11 @@ def test_flag_changes_the_run(flag, plain, tmp_path):
 
 @pytest.mark.parametrize("flag, value", [("bnb_4bit_quant_type", "fp4"), ("use_nested_quant", ""), ("bnb_4bit_compute_dtype", "float32")])
 def test_quantization_flag_changes_the_run(flag, value, tmp_path):
-    from dinov3_nb.cli import run_train
+    from dinov3_nb.cli import _run_train
     base = ["--epochs", "1", "--batch_size", "64", "--no_tracking", "--train_split_ratio", "0.2", "--dataset", "digits",
             "--model_name", "tiny", "--use_4bit"]
-    run_train([*base, "--checkpoint_dir", str(tmp_path / "a")])
-    run_train([*base, "--checkpoint_dir", str(tmp_path / "b"), f"--{flag}", *([value] if value else [])])
+    _run_train([*base, "--checkpoint_dir", str(tmp_path / "a")])
+    _run_train([*base, "--checkpoint_dir", str(tmp_path / "b"), f"--{flag}", *([value] if value else [])])
     assert trace(tmp_path / "a") != trace(tmp_path / "b")
 
 

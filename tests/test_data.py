@@ -18,10 +18,16 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import DINOv3ViTImageProcessor
 
-from dinov3_nb.config import DataArguments, UserError
-from dinov3_nb.data import find_column, load_and_prepare_dataset, read_labels, stratified_rows, translate_labels
-from dinov3_nb.images import (BadImage, Collator, EpochSampler, ImageRows, find_num_workers, load_digits_dataset,
-                              make_loader, open_image, scale_to_8_bits)
+from dinov3_nb.core import DataArguments, UserError
+from dinov3_nb.data import (
+    load_and_prepare_dataset, _read_labels, stratified_rows, _translate_labels,
+)
+from dinov3_nb.tables import find_column
+from dinov3_nb.images import (
+    Collator, EpochSampler, find_num_workers, ImageRows, make_loader,
+)
+from dinov3_nb.sources import load_digits_dataset
+from dinov3_nb.pictures import BadImage, open_image, _scale_to_8_bits
 
 datasets.disable_progress_bars()
 PROCESSOR = DINOv3ViTImageProcessor(size={"height": 32, "width": 32})
@@ -148,9 +154,9 @@ def test_every_exif_orientation_is_undone(orientation, wide):
 
 
 def test_scaling_covers_the_whole_range():
-    assert scale_to_8_bits(np.arange(65536, dtype=np.uint16).reshape(256, 256)).mean() == pytest.approx(127.5, abs=0.1)
-    assert scale_to_8_bits(np.zeros((2, 2), np.float32)).max() == 0
-    assert scale_to_8_bits(np.array([[0, 2**31 - 1]], np.int32)).tolist() == [[0, 255]]
+    assert _scale_to_8_bits(np.arange(65536, dtype=np.uint16).reshape(256, 256)).mean() == pytest.approx(127.5, abs=0.1)
+    assert _scale_to_8_bits(np.zeros((2, 2), np.float32)).max() == 0
+    assert _scale_to_8_bits(np.array([[0, 2**31 - 1]], np.int32)).tolist() == [[0, 255]]
 
 
 def test_opening_does_not_change_the_callers_image():
@@ -397,7 +403,7 @@ def test_folders_without_images(tmp_path):
 
 HUB = """
 import sys, time
-from dinov3_nb.config import DataArguments, UserError
+from dinov3_nb.core import DataArguments, UserError
 from dinov3_nb.data import load_and_prepare_dataset
 for name in sys.argv[1:]:
     start = time.perf_counter()
@@ -490,6 +496,22 @@ def test_default_shares(options, sizes):
     assert data.notes[-2] == f"train: {sizes[0]:,} of 6,000 images ({sizes[0] / 60:.3g} %)"
 
 
+def test_a_share_leaves_each_class_an_image(tmp_path):
+    data = prepare(write_folder(tmp_path, cat=30, dog=20, owl=1), train_split_ratio=0.5)
+    assert np.bincount(data.labels["train"]).tolist() == [14, 9, 1] and np.bincount(data.labels["validation"]).tolist() == [3, 2]
+    assert data.notes[-2] == "train: 24 of 46 images (52.2 %)"  # 23, and the owl
+    for item, name in zip(map(data.rows("train").__getitem__, range(24)), named_labels(data, "train")):
+        assert Path(item["image"]["path"]).parent.name == name
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"train_split_ratio": 0}, "--train_split_ratio 0 "), ({"train_split_ratio": "0.5"}, "--train_split_ratio '0.5' is not a number"),
+    ({"val_split_ratio": 2}, "--val_split_ratio 2 "), ({"on_bad_image": "ignore"}, "stop, skip"), ({"dataset": ""}, "--dataset is empty"),
+])
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(UserError, match=message): DataArguments(**options)
+
+
 def test_seed_changes_the_draw():
     drawn = [prepare("digits", seed=s, train_split_ratio=0.5).train["image"] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -497,8 +519,8 @@ def test_seed_changes_the_draw():
 
 def test_labels_are_read_and_translated_in_order():
     digits = load_digits_dataset()["validation"]
-    names, labels = read_labels(digits, "label")
-    assert labels.tolist() == digits["label"] and (translate_labels(labels, names, names[::-1], "v") == 9 - labels).all()
+    names, labels = _read_labels(digits, "label")
+    assert labels.tolist() == digits["label"] and (_translate_labels(labels, names, names[::-1], "v") == 9 - labels).all()
 
 
 # ---------------------------------------------------------------- batches

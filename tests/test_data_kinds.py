@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from dinov3_nb.config import DataArguments, UserError
-from dinov3_nb.data import load_and_prepare_dataset, load_labelled_splits, read_labels
-from dinov3_nb.images import open_image
+from dinov3_nb.core import DataArguments, UserError
+from dinov3_nb.data import load_and_prepare_dataset, load_labelled_splits, _read_labels
+from dinov3_nb.pictures import open_image
 from dinov3_nb.sources import split_kinds
 
 datasets.disable_progress_bars()
@@ -308,7 +308,7 @@ def test_one_class_in_two_spellings(tmp_path):
     write_folder(tmp_path / "train", **{NFD: 2})
     assert np.bincount(prepare(tmp_path).labels["train"]).tolist() == [5, 3]
     assert table(tmp_path / "list.csv", lines("file,label", NFC, NFD, "tea")) == [NFC, NFC, "tea"]
-    names, labels = read_labels(own([0, 1, 2, -1, None], datasets.ClassLabel(names=[NFD, "tea", NFC])), "label")
+    names, labels = _read_labels(own([0, 1, 2, -1, None], datasets.ClassLabel(names=[NFD, "tea", NFC])), "label")
     assert (names, labels.tolist()) == ([NFC, "tea"], [0, 1, 0, -1, -1])
 
 

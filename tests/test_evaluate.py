@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, load_classifier
+import dinov3_nb
+from dinov3_nb import DataArguments, UserError, load_classifier, train
 from dinov3_nb.cli import main
 from dinov3_nb.data import load_labelled_splits
+from dinov3_nb.evaluation import _match_labels, choose_rows
 from dinov3_nb.images import image_ids
-from dinov3_nb.evaluation import choose_rows, match_labels
-from dinov3_nb.run import train
 
 COUNTS = {"train": 10, "val": 4, "test": 30}
 
@@ -28,9 +28,8 @@ def save_picture(path, seed, kind):
 
 
 def run_on(folder, checkpoint_dir):
-    train(DataArguments(str(folder)), ModelArguments("tiny"),
-          train_arguments=TrainArguments(2, learning_rate=0.02, mixed_precision="no", no_tracking=True, checkpoint_dir=str(checkpoint_dir)),
-          log=lambda line: None)
+    train(dataset=folder, model_name="tiny", epochs=2, learning_rate=0.02, mixed_precision="no", no_tracking=True,
+          checkpoint_dir=checkpoint_dir, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +152,35 @@ def test_images_without_a_label_are_left_out(three):
 
 
 def test_classes_are_matched_by_name_and_only_those_that_occur():
-    assert match_labels(["a", "b"], ["c", "b", "a"], np.array([1, 2, 2])).tolist() == [1, 0, 0]
-    assert match_labels(["cafe\u0301"], ["caf\u00e9"], np.array([0])).tolist() == [0]  # one letter, or two
-    with pytest.raises(UserError, match="does not know the class 'c'"): match_labels(["a", "b"], ["c", "b"], np.array([0, 1]))
+    assert _match_labels(["a", "b"], ["c", "b", "a"], np.array([1, 2, 2])).tolist() == [1, 0, 0]
+    assert _match_labels(["cafe\u0301"], ["caf\u00e9"], np.array([0])).tolist() == [0]  # one letter, or two
+    with pytest.raises(UserError, match="does not know the class 'c'"): _match_labels(["a", "b"], ["c", "b"], np.array([0, 1]))
+
+
+def test_in_python_as_at_the_command_line(three, capsys):
+    "A path as text or as `Path`, a checkpoint or a classifier: the same images and figures."
+    run, data = three / "run", three / "data"
+    typed = evaluate(capsys, run, "--split", "test")
+    for checkpoint in (run, str(run), load_classifier(run, "cpu")):
+        for dataset in (None, data, str(data)):
+            found = dinov3_nb.evaluate(checkpoint, dataset=dataset, split="test")
+            assert (found.scores.accuracy, found.notes) == (typed["top1"], typed["notes"]), (checkpoint, dataset)
+    for name, nearest in (("datset", "dataset"), ("spilt", "split"), ("modelname", "model_name"), ("on_bad_images", "on_bad_image")):
+        with pytest.raises(UserError, match=f"'{name}' is not a setting of evaluate: did you mean '{nearest}'"):
+            dinov3_nb.evaluate(run, **{name: "x"})
+    with pytest.raises(UserError, match="'epochs' is not a setting of evaluate"): dinov3_nb.evaluate(run, epochs=2)
+    with pytest.raises(UserError, match="a datasets.Dataset is needed"): dinov3_nb.evaluate(run, dataset=7)
+
+
+def test_a_dataset_of_your_own(three, tmp_path):
+    "It has no name to compare; after a run on such an object, the images that it held out are looked for."
+    own = load_dataset("imagefolder", data_dir=str(three / "data"))
+    run_on(own, tmp_path / "run")
+    held_out = dinov3_nb.evaluate(tmp_path / "run", dataset=own)
+    assert held_out.chosen.trained_on == 0 and "own validation images" in held_out.notes[-2]
+    other = dinov3_nb.evaluate(tmp_path / "run", dataset=own["test"])
+    assert other.scores.num_images == 60 and other.chosen.trained_on == 0 and "own validation images" not in str(other.notes)
+    assert dinov3_nb.evaluate(tmp_path / "run", dataset=own, split="train").chosen.trained_on == 20
+    with pytest.raises(UserError, match="give --dataset"): dinov3_nb.evaluate(tmp_path / "run")
+    named = dinov3_nb.evaluate(three / "run", dataset=DatasetDict(mine=own["train"]))  # a run on a folder knows it by its images
+    assert named.scores.num_images == named.chosen.trained_on == 20

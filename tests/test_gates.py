@@ -31,6 +31,7 @@ SITE_FAULTS = {
     "unresolved symbol link fit": SOUND.replace('<a href="other.html#part"><code>fit</code></a>', "<code>fit</code>"),
     "raw directive": SOUND.replace("See", "::: {.callout-note}\nSee"),
     "flag printed with a dash '–use_4bit'": SOUND.replace("See", "Take –use_4bit and see"),
+    "raw link in code x: [fit](https:": SOUND.replace("<code>x</code>", "<code>x: [fit](https://model.example/fit)</code>"),
     "formula not rendered": SOUND.replace("See", "<math><mi>\\arg</mi></math>See"),
     "fetches https://cdn.example/a.js": SOUND.replace("</head>", '<script src="https://cdn.example/a.js"></script></head>'),
 }
@@ -59,11 +60,70 @@ def test_an_empty_site_is_no_sound_site(tmp_path):
     assert check_site.check(tmp_path)
 
 
-def notebook(*cells):
-    "A notebook with a title and these cells."
-    title = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# Title\n", "\n", "> Summary."]}
+LONG = "def long():\n" + "".join(f"    a = {i}\n" for i in range(40)) + "    return a"
+EXPORTED = """#| exports
+#| heart
+def fit(
+    rate: float,  # above 0
+) -> float:       # the same
+    "Nothing yet."
+    return rate"""
+FIT, HELPER, NAIVE = EXPORTED.split("heart\n")[1], "def _helper():\n    return 1 < 2", "def fit(rate):\n    return rate"
+SHOWN = f"""<title>Model</title><h1>Model</h1><pre><code>{NAIVE}</code></pre><h3 id="fit">fit</h3>
+<pre><code><span>def</span> {FIT.removeprefix("def ")}</code></pre><div id="_helper"></div><pre><code>{HELPER.replace("<", "&lt;")}</code></pre>
+<h3 id="long">long</h3><details class="code-fold"><summary>long</summary><pre><code>{LONG}</code></pre></details>"""
+SOURCE_FAULTS = {
+    "source not shown: fit": SHOWN.replace("above 0", "above 1"),
+    "source not shown: _helper": SHOWN.replace("1 &lt; 2", "2"),
+    "source not shown: long": SHOWN.replace("    a = 20\n", ""),
+    "signature printed once more: fit": SHOWN.replace('<h3 id="fit">fit</h3>', '<h3 id="fit">fit</h3><pre>def fit(rate:float)->float:</pre>'),
+    "signature printed once more: long": SHOWN.replace("<details", "<pre>def long()</pre><details"),
+    "raw link in a block of code": SHOWN.replace('<h3 id="long">', '<pre>[fit](https://model.example)</pre><h3 id="long">'),
+    "no anchor for fit": SHOWN.replace('id="fit"', 'id="fitted"'),
+    "short source folded: fit": SHOWN.replace('<pre><code><span>', '<details><pre><code><span>', 1).replace("<pre><code>def _helper", "</details><pre><code>def _helper"),
+    "long source open: long": SHOWN.replace('<details class="code-fold">', "<div>").replace("</details>", "</div>"),
+}
+
+
+def exported_site(folder, html):
+    "A page, and the folder of the notebook that it was made from."
+    (folder / "site").mkdir()
+    (folder / "nbs").mkdir()
+    (folder / "site/model.html").write_text(html)
+    room = notebook(code("#| default_exp model"), code(NAIVE), code(EXPORTED), code(f"#| exports\n{HELPER}"), code(f"#| exports core\n{LONG}"),
+                    code("#| hide\ndef fit(): pass"))
+    (folder / "nbs/04_model.ipynb").write_text(json.dumps(room))
+    return check_site.check(folder / "site", notebooks=folder / "nbs")
+
+
+def test_a_page_that_shows_its_sources_passes(tmp_path):
+    assert exported_site(tmp_path, SHOWN) == []
+
+
+@pytest.mark.parametrize("fault", SOURCE_FAULTS)
+def test_a_source_that_is_not_on_its_page_is_found(tmp_path, fault):
+    problems = exported_site(tmp_path, SOURCE_FAULTS[fault])
+    assert len(problems) == 1 and fault in problems[0], problems
+
+
+def test_a_notebook_without_a_page_is_found(tmp_path):
+    exported_site(tmp_path, SHOWN)
+    (tmp_path / "nbs/05_gone.ipynb").write_text(json.dumps(GOOD))
+    assert check_site.check(tmp_path / "site", notebooks=tmp_path / "nbs") == ["gone.html: no page for 05_gone.ipynb"]
+
+
+def text(source):
+    return {"cell_type": "markdown", "id": "a", "metadata": {}, "source": [source]}
+
+
+OPENING = "Here you see in two lines what this notebook is good for."
+
+
+def notebook(*cells, opening=OPENING):
+    "A notebook with a title, an opening paragraph and these cells."
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-    return {"cells": [title, *cells], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    title = {**text(""), "source": ["# Title\n", "\n", "> Summary."]}
+    return {"cells": [title, text(opening), *cells], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
 
 def code(source, outputs=(), **changes):
@@ -81,14 +141,62 @@ NOTEBOOK_FAULTS = {
     "a warning in the output": notebook(code("a.shape", [VALUE, {"output_type": "stream", "name": "stderr", "text": ["careful"]}])),
     "more than 300,000": notebook(code("a = 1", [{"output_type": "stream", "name": "stdout", "text": ["x" * 300_000]}])),
     "a figure over": notebook(code("plt.plot([1]);", [{**FIGURE, "data": {"image/png": "A" * 70_000}}])),
-    "not a title": {**notebook(), "cells": [code("a = 1")]},
-    "nothing of the first cell behind": {**notebook(), "cells": [{**notebook()["cells"][0], "source": ["# Title\n", "\n", "> Summary.\n", "\n", "Lost."]}]},
+    "not a title": {**notebook(), "cells": [code("a = 1"), text(OPENING)]},
+    "nothing of the first cell behind": {**notebook(), "cells": [text("# Title\n\n> Summary.\n\nLost."), text(OPENING)]},
+    "cell 1 is not an opening paragraph": notebook(opening="[![Open in Colab, it is free](images/colab.svg)](https://colab.example/a b c d e)"),
+    "cell 2: 101 characters, more than 100": notebook(code(f"a = {'1' * 97}")),
+    "cell 3: 101 characters, more than 100": notebook(code("a = 1"), code(f"#| code-fold: true\na = {'1' * 97}")),
+    "cell 4: 101 characters, more than 100": notebook(code("a = 1"), code("a = 1"), text(f"So:\n```bash\necho {'1' * 96}\n```\n")),
+    "whose source the page does not show": notebook(code("#| export\ndef f():\n    return 1")),
+    "folded or hidden by hand": notebook(code("#| exports\n#| code-fold: true\ndef f():\n    return 1")),
+}
+HEART = "#| exports\n#| heart\ndef f():\n    return 1"
+SOUND_ROOM = notebook(*[code("a = 1")] * 10, code(HEART), *[code("a = 1")] * 67)
+ROOM_FAULTS = {
+    "81 cells, more than 80": notebook(code(HEART), *[code("a = 1")] * 78),
+    "0 cells are marked `#| heart`": notebook(code(HEART.replace("#| heart\n", ""))),
+    "2 cells are marked `#| heart`": notebook(code(HEART), code(HEART), *[code("a = 1")] * 8),
+    "the heart is cell 5 of 12, behind the first 40%": notebook(*[code("a = 1")] * 3, code(HEART), *[code("a = 1")] * 6),
 }
 
 
 def test_a_good_notebook_passes(tmp_path):
     (tmp_path / "good.ipynb").write_text(json.dumps(GOOD))
     assert check_notebooks.check(tmp_path / "good.ipynb") == []
+
+
+@pytest.mark.parametrize("source", [f"#| hide\na = {'1' * 97}", f"#| echo: false\na = {'1' * 97}", f"#| export\nA = {'1' * 97}",
+                                    f"#| fig-alt: {'1' * 97}\na = 1", f"a = {'1' * 96}"])
+def test_a_wide_line_that_nobody_sees_passes(source, tmp_path):
+    (tmp_path / "good.ipynb").write_text(json.dumps(notebook(code(source))))
+    assert check_notebooks.check(tmp_path / "good.ipynb") == []
+
+
+def test_a_sound_room_passes(tmp_path):
+    (tmp_path / "00_good.ipynb").write_text(json.dumps(SOUND_ROOM))
+    assert len(SOUND_ROOM["cells"]) == 80 and check_notebooks.check(tmp_path / "00_good.ipynb") == []
+
+
+@pytest.mark.parametrize("fault", ROOM_FAULTS)
+def test_a_fault_in_a_room_is_found(tmp_path, fault):
+    (tmp_path / "00_bad.ipynb").write_text(json.dumps(ROOM_FAULTS[fault]))
+    problems = check_notebooks.check(tmp_path / "00_bad.ipynb")
+    assert len(problems) == 1 and fault in problems[0], problems
+
+
+def test_the_sidebar_lists_every_notebook_once(tmp_path):
+    (tmp_path / "guides").mkdir()
+    for name in ("index", "guides/one", "guides/two"): (tmp_path / f"{name}.ipynb").touch()
+    sound = "contents:\n  - index.ipynb\n  - guides/one.ipynb\n  - guides/two.ipynb\n"
+    for listed, problems in ((sound, []), (sound.replace("one", "gone"), ["no notebook guides/gone", "guides/one.ipynb is listed 0 times"]),
+                             (sound + "  - index.ipynb\n", ["index.ipynb is listed 2 times"])):
+        (tmp_path / "sidebar.yml").write_text(listed)
+        found = check_notebooks.sidebar_problems(tmp_path)
+        assert len(found) == len(problems) and all(p in f for p, f in zip(problems, found)), found
+
+
+def test_our_sidebar():
+    assert check_notebooks.sidebar_problems(ROOT / "nbs") == []
 
 
 @pytest.mark.parametrize("fault", NOTEBOOK_FAULTS)
@@ -105,9 +213,9 @@ def test_our_notebooks_are_fit_to_commit(path):
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ("index", "reference")], ids=lambda p: p.stem)
 def test_open_in_colab(path):
-    "The badge names this file; the first code cell installs only where the package is missing."
+    "The badge below the opening paragraph names this file; the first code cell installs only where the package is missing."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert f"/blob/main/{path.relative_to(ROOT).as_posix()})" in "".join(cells[1]["source"])
+    assert f"/blob/main/{path.relative_to(ROOT).as_posix()})" in "".join(cells[2]["source"])
     source = "".join(next(c for c in cells if c["cell_type"] == "code")["source"])
     with patch("subprocess.run") as run:
         exec(source, {})
@@ -138,7 +246,7 @@ def test_the_sync_check_notices_a_change(tmp_path):
     "A notebook that says something else than the module fails tools/check_sync.sh."
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    path = clone / "nbs/00_config.ipynb"
+    path = clone / "nbs/00_core.ipynb"
     path.write_text(path.read_text(encoding="utf-8").replace("class UserError", "class UserErrors", 1), encoding="utf-8")
     done = subprocess.run(["bash", "tools/check_sync.sh"], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 1 and "out of sync" in done.stdout, done.stdout + done.stderr

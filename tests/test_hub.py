@@ -7,14 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import forks
 import pytest
-from dinov3_nb.backbone import TINY_FOLDER
+from dinov3_nb.weights import TINY_FOLDER
 from forks import ENVIRONMENT
 
 GATED, REFUSED, SERVED = "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/dinov3-vitb16-pretrain-lvd1689m", "someone/small-dinov3"
 COMMIT = "0" * 40
 TRY = """
 import json, sys, torch
-from dinov3_nb.config import UserError
+from dinov3_nb.core import UserError
 from dinov3_nb.backbone import load_backbone, load_processor
 answers = []
 for name, revision in json.loads(sys.argv[1]):

@@ -21,11 +21,11 @@ from transformers import DINOv3ViTImageProcessor
 import dinov3_nb.features as features
 import dinov3_nb.images as images
 import dinov3_nb.pictures as pictures
-from dinov3_nb.config import UserError
+from dinov3_nb.core import UserError
 from dinov3_nb.features import FastProcessor, PassCollator, decode_image
-from dinov3_nb.images import Collator, ImageRows, content_id, image_ids, make_loader
-from dinov3_nb.pictures import (BadImage, ReadError, describe_left_out, find_white, list_image_files, open_image,
-                                scale_to_8_bits)
+from dinov3_nb.images import Collator, EpochSampler, ImageRows, _content_id, image_ids, make_loader
+from dinov3_nb.pictures import (BadImage, ReadError, describe_left_out, _find_white, list_image_files, open_image,
+                                _scale_to_8_bits)
 import forks
 from helpers import ENVIRONMENT
 
@@ -103,7 +103,7 @@ def test_large_pictures(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # 2,000 pixels are four times as many
     assert (np.asarray(open_image(PNG, 0)) == PIXELS).all() and decode_image({"bytes": JPEG}, 0).shape == (3, 40, 50)
     assert Image.MAX_IMAGE_PIXELS == 500
-    monkeypatch.setattr(pictures, "LARGE_PIXELS", 100 ** 2)
+    monkeypatch.setattr(pictures, "_LARGE_PIXELS", 100 ** 2)
     smooth = Image.fromarray(np.linspace(0, 255, 8300 * 60).reshape(60, 8300).astype(np.uint8))
     assert open_image(encode(smooth, "JPEG"), 0).size == (8300, 60)  # one side is short: nothing is thrown away
     header = PNG[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
@@ -113,7 +113,7 @@ def test_large_pictures(monkeypatch):
 
 
 def test_a_jpeg_beyond_the_limit_is_decoded_smaller(monkeypatch):
-    monkeypatch.setattr(pictures, "LARGE_PIXELS", 10 ** 6)
+    monkeypatch.setattr(pictures, "_LARGE_PIXELS", 10 ** 6)
     assert open_image(encode(Image.new("L", (8200, 8200), 77), "JPEG"), 0).size == (4100, 4100)
 
 
@@ -121,7 +121,7 @@ def test_a_jpeg_beyond_the_limit_is_decoded_smaller(monkeypatch):
 def test_an_error_of_any_class_falls_back(monkeypatch, error):
     def fail(*arguments, **options): raise error
     plain = np.asarray(open_image(JPEG, 0))
-    for name in ("is_plain_jpeg", "decode_jpeg"):
+    for name in ("_is_plain_jpeg", "decode_jpeg"):
         with monkeypatch.context() as patch:
             patch.setattr(features, name, fail)
             assert (decode_image({"bytes": JPEG, "path": "a.jpg"}, 0).permute(1, 2, 0).numpy() == plain).all()
@@ -142,7 +142,7 @@ def test_skipping_in_both_paths(data):
 @pytest.mark.parametrize("floats", [False, True])
 def test_white_never_jumps(floats):
     largest = np.geomspace(0.01, 1e6, 20_000)
-    white = np.array([find_white(value, floats) for value in largest])
+    white = np.array([_find_white(value, floats) for value in largest])
     assert (white >= largest).all() and (np.diff(white) >= 0).all()
     assert (np.diff(np.log(white)) / np.diff(np.log(largest))).max() < 2.01  # 1 % more never means over 2 % darker
     seen = (largest / white)[largest > (64 if floats else 255)]
@@ -163,11 +163,11 @@ def test_every_usual_range_is_bright(largest, kind):
 
 def test_negative_and_odd_values():
     scan = (RAMP * 3000 - 1000).astype(np.int16)
-    found = scale_to_8_bits(scan)
+    found = _scale_to_8_bits(scan)
     assert found.min() == 0 and found.max() > 180 and (np.diff(found[0].astype(int)) >= 0).all()
-    assert scale_to_8_bits(np.array([-1.0, 0.0, 1.0])).tolist() == [0, 128, 255]
-    assert scale_to_8_bits(np.array([0.0, np.inf, np.nan, 1.0])).tolist() == [0, 255, 0, 255]
-    assert scale_to_8_bits(np.full(3, np.nan)).tolist() == [0, 0, 0]
+    assert _scale_to_8_bits(np.array([-1.0, 0.0, 1.0])).tolist() == [0, 128, 255]
+    assert _scale_to_8_bits(np.array([0.0, np.inf, np.nan, 1.0])).tolist() == [0, 255, 0, 255]
+    assert _scale_to_8_bits(np.full(3, np.nan)).tolist() == [0, 0, 0]
 
 
 def test_the_range_is_told():
@@ -322,6 +322,13 @@ def test_rows_without_transform_or_format():
     with pytest.raises(ValueError, match="2 labels for 3 images"): ImageRows(plain, labels=np.zeros(2))
 
 
+def test_validation_keeps_the_order_of_its_rows():
+    sampler = EpochSampler(4, seed=0, shuffle=False)
+    assert list(sampler) == [0, 1, 2, 3]
+    sampler.epoch, sampler.start = 5, 1
+    assert list(sampler) == [1, 2, 3] and len(sampler) == 3
+
+
 def test_identities_are_of_the_content(tmp_path):
     large = encode(Image.fromarray(np.random.default_rng(1).integers(0, 255, (300, 300, 3), dtype=np.uint8)), "PNG")
     (tmp_path / "a.png").write_bytes(large); (tmp_path / "moved.png").write_bytes(large); (tmp_path / "b.png").write_bytes(large[:-1] + b"?")
@@ -332,7 +339,7 @@ def test_identities_are_of_the_content(tmp_path):
     reads = []
     class Counting(io.BytesIO):
         def read(self, count=-1): reads.append(count); return super().read(count)
-    content_id(Counting(bytes(10 ** 6)), 10 ** 6)
+    _content_id(Counting(bytes(10 ** 6)), 10 ** 6)
     assert reads == [4096] * 16
 
 
@@ -348,10 +355,10 @@ def test_a_missing_guard_is_seen_before_processes_start(source, fine, tmp_path, 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
-    images.refuse_missing_guard("fork")
+    images._refuse_missing_guard("fork")
     for context in ("spawn", "forkserver", multiprocessing.get_context("spawn")):
-        if fine: images.refuse_missing_guard(context); continue
-        with pytest.raises(UserError, match="if __name__ == \"__main__\""): images.refuse_missing_guard(context)
+        if fine: images._refuse_missing_guard(context); continue
+        with pytest.raises(UserError, match="if __name__ == \"__main__\""): images._refuse_missing_guard(context)
 
 
 def test_a_process_that_is_being_set_up(monkeypatch):

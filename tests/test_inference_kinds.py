@@ -16,10 +16,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, load_classifier
+from dinov3_nb import UserError, load_classifier, train
 from dinov3_nb.cli import main
-from dinov3_nb.images import BadImage, ReadError, list_image_files
-from dinov3_nb.run import train
+from dinov3_nb.pictures import BadImage, ReadError, list_image_files
 
 CLASSES = "Łódź", "日本"
 
@@ -37,9 +36,8 @@ def run(tmp_path_factory):
     for kind, name in enumerate(CLASSES):
         (root / "images" / name).mkdir(parents=True)
         for i in range(6): picture(10 * kind + i, kind).save(root / "images" / name / f"{i}.png")
-    train(DataArguments(str(root / "images")), ModelArguments("tiny"),
-          train_arguments=TrainArguments(2, learning_rate=0.02, mixed_precision="no", no_tracking=True, checkpoint_dir=str(root / "run")),
-          log=lambda line: None)
+    train(dataset=root / "images", model_name="tiny", epochs=2, learning_rate=0.02, mixed_precision="no", no_tracking=True,
+          checkpoint_dir=root / "run", log=lambda line: None)
     return root
 
 
@@ -203,7 +201,7 @@ def test_what_was_computed_before_a_bad_picture_is_printed(run, tmp_path, capsys
 
 def test_files_that_are_left_out_are_counted(run, tmp_path, capsys, monkeypatch):
     from dinov3_nb import pictures
-    monkeypatch.setattr(pictures, "reads_heic", lambda: False)  # as without pillow-heif
+    monkeypatch.setattr(pictures, "_reads_heic", lambda: False)  # as without pillow-heif
     for name in ("a.heic", "b.HEIC", "c.txt"): (tmp_path / name).write_bytes(b"something")
     assert main(["predict", "--checkpoint", str(run / "run"), str(tmp_path)]) == 2
     assert "3 files left out" in (said := capsys.readouterr().err) and "install pillow-heif" in said, said
@@ -234,17 +232,34 @@ def test_output_that_nobody_reads_any_more(run, files, monkeypatch):
     assert main(["predict", "--checkpoint", str(run / "run"), *map(str, files)]) == 0
 
 
-LIGHT = "config pictures images backbone model quantization checkpoint inference cli features cache".split()
 HEAVY = set("datasets sklearn scipy pandas pyarrow accelerate bitsandbytes matplotlib trackio timm".split())
+LATER = set("data training probe sources tables run evaluation".split())
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_what_predict_needs_imports_nothing_large(name):
-    "Modules that are imported whenever the package is; what only some commands need is imported by them."
+def top_imports(name):
+    "What a module of the package imports at its top: other modules of the package, and libraries."
     import dinov3_nb
     tree = ast.parse((Path(dinov3_nb.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
-    found = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert not {module.split(".")[0] for module in found} & HEAVY
-    later = {"data", "training", "probe", "sources", "tables", "dinov3_nb.data", "dinov3_nb.training", "dinov3_nb.probe"}
-    assert not found & later
+    places = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    places += [f"dinov3_nb.{node.module or ''}" if node.level else node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    own = {place.split(".")[1] for place in places if place.startswith("dinov3_nb.")}
+    return own, {place.split(".")[0] for place in places} - {"dinov3_nb"}
+
+
+def reached_by(*names):
+    "Modules of the package that these import, and those that they import in turn."
+    reached, waiting = set(), [*names]
+    while waiting:
+        name = waiting.pop()
+        if name in reached: continue
+        reached.add(name)
+        waiting += top_imports(name)[0]
+    return reached
+
+
+def test_what_predict_needs_imports_nothing_large():
+    "Modules that are imported whenever the package is; what only some commands need is imported by them."
+    reached = reached_by("cli", "inference", "cache")
+    assert {"core", "pictures", "images", "backbone", "model", "quantization", "checkpoint", "features"} <= reached
+    assert not reached & LATER
+    for name in reached: assert not top_imports(name)[1] & HEAVY, name

@@ -13,16 +13,14 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from transformers.utils import logging as transformers_logging
 
 import dinov3_nb  # noqa: F401  registers the classifiers
-from dinov3_nb import backbone as backbone_module
-from dinov3_nb.backbone import (
-    TINY_FOLDER, TINY_SHA256, load_backbone, load_processor, processor_from_settings, set_image_size, stored_tensors,
-    timm_processor, weight_files, weights_fingerprint,
-)
-from dinov3_nb.config import ModelArguments, QuantizationArguments, UserError
-from dinov3_nb.images import open_image
+from dinov3_nb import weights as weights_module
+from dinov3_nb.backbone import _set_image_size, _timm_processor, load_backbone, load_processor, processor_from_settings
+from dinov3_nb.core import ModelArguments, QuantizationArguments, UserError
+from dinov3_nb.pictures import open_image
 from dinov3_nb.inference import Classifier, load_classifier
 from dinov3_nb.model import build_classifier, check_exported, export_classifier, rebuild_classifier
 from dinov3_nb.quantization import quantization_config
+from dinov3_nb.weights import _TINY_SHA256, TINY_FOLDER, _stored_tensors, _weight_files, weights_fingerprint
 
 timm_only = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 
@@ -135,15 +133,15 @@ def test_every_flipped_bit_of_an_exported_folder_is_noticed(exported, tmp_path):
 
 
 def test_tiny_is_what_was_shipped(tmp_path, monkeypatch):
-    assert set(TINY_SHA256) == {p.name for p in TINY_FOLDER.iterdir() if p.name != "training_log.json"}
+    assert set(_TINY_SHA256) == {p.name for p in TINY_FOLDER.iterdir() if p.name != "training_log.json"}
     load_backbone("tiny"), load_processor("tiny")
-    for name in TINY_SHA256:
+    for name in _TINY_SHA256:
         folder = tmp_path / name
         shutil.copytree(TINY_FOLDER, folder)
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 4
         (folder / name).write_bytes(content)
-        monkeypatch.setattr(backbone_module, "TINY_FOLDER", folder)
+        monkeypatch.setattr(weights_module, "TINY_FOLDER", folder)
         for load in (load_backbone, load_processor):
             with pytest.raises(UserError, match=f"{name} is damaged, or was changed: install the package again"): load("tiny")
 
@@ -157,8 +155,8 @@ def test_the_fingerprint_sees_every_weight_and_nothing_else(tmp_path):
         assert weights_fingerprint(tiny.state_dict().values()) != wanted, name
         p.data.view(-1)[-1] = load_backbone("tiny").get_parameter(name).view(-1)[-1]
     tiny.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
-    assert len(weight_files(str(tmp_path / "parts"))) > 1
-    assert weights_fingerprint(stored_tensors(weight_files(str(tmp_path / "parts")))) == wanted
+    assert len(_weight_files(str(tmp_path / "parts"))) > 1
+    assert weights_fingerprint(_stored_tensors(_weight_files(str(tmp_path / "parts")))) == wanted
     for compute, nested in (("float32", False), ("bfloat16", True)):
         how = quantization_config(QuantizationArguments(use_4bit=True, bnb_4bit_compute_dtype=compute, use_nested_quant=nested))
         packed = load_backbone(str(tmp_path / "parts"), quantization_config=how)
@@ -201,8 +199,8 @@ def test_image_size_keeps_the_geometry_of_a_twin(tmp_path):
         assert mine.shape == (3, 128, 128) and (mine - theirs(picture)).abs().mean() < 0.1, share
     stretched = load_processor("tiny", image_size=64)
     assert dict(stretched.size) == {"height": 64, "width": 64} and not stretched.do_center_crop
-    again = timm_processor({"input_size": [3, 224, 224], "crop_pct": 0.875})
-    set_image_size(again, 448)
+    again = _timm_processor({"input_size": [3, 224, 224], "crop_pct": 0.875})
+    _set_image_size(again, 448)
     assert (dict(again.size), dict(again.crop_size)) == ({"shortest_edge": 512}, {"height": 448, "width": 448})
 
 
@@ -251,7 +249,7 @@ def test_a_small_file_is_loaded_as_transformers_would(tmp_path, monkeypatch):
     save_convnext(tmp_path / "convnext")
     save_file(load_backbone("tiny").state_dict(), tmp_path / "today" / "model.safetensors", {"format": "pt"})
     straight = [load_backbone(str(folder)) for folder in (TINY_FOLDER, tmp_path / "today", tmp_path / "convnext")]
-    monkeypatch.setattr(backbone_module, "load_small", lambda *given: None)
+    monkeypatch.setattr(weights_module, "_load_small", lambda *given: None)
     usual = [load_backbone(str(folder)) for folder in (TINY_FOLDER, TINY_FOLDER, tmp_path / "convnext")]
     for one, other in zip(straight, usual):
         assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
@@ -265,5 +263,5 @@ def test_a_small_file_is_loaded_as_transformers_would(tmp_path, monkeypatch):
 
 def test_tiny_is_loaded_straight(monkeypatch):
     def fail(*given): raise AssertionError("transformers was asked to load it")
-    monkeypatch.setattr(backbone_module, "load_with_transformers", fail)
+    monkeypatch.setattr(weights_module, "_load_with_transformers", fail)
     load_backbone("tiny")

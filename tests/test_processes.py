@@ -11,11 +11,11 @@ from datasets import DatasetDict
 
 from dinov3_nb import DataArguments, ModelArguments, QuantizationArguments, TrainArguments, train, training
 from dinov3_nb.backbone import load_processor
-from dinov3_nb.config import FeatureArguments
+from dinov3_nb.core import FeatureArguments, make_settings
 from dinov3_nb.data import load_and_prepare_dataset
-from dinov3_nb.images import load_digits_dataset
+from dinov3_nb.sources import load_digits_dataset
 from dinov3_nb.model import build_classifier
-from dinov3_nb.run import opening_lines
+from dinov3_nb.run import Loaded, _opening_lines
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used a GPU cannot be forked")
 
@@ -71,8 +71,8 @@ def quick(folder, **changes):
 def whole_run(digits, folder, **changes):
     "A run on kept features as its user starts it: the log, the curves, and where the schedule ended."
     lines = []
-    state = train(DataArguments(dataset="mine"), ModelArguments(**MODEL), train_arguments=quick(folder, **changes), dataset=digits,
-                  feature_arguments=FeatureArguments(cache_dir=str(folder.parent / "kept")), log=lines.append)
+    state = train(DataArguments(dataset="mine"), ModelArguments(**MODEL), training=quick(folder, **changes), dataset=digits,
+                  features=FeatureArguments(cache_dir=str(folder.parent / "kept")), log=lines.append)
     curves = [{name: value for name, value in h.items() if name != "images_per_second"} for h in state.history]
     return dict(lines=lines, curves=curves, step=state.step, total_steps=state.total_steps, weight=state.model.head.weight.tolist(),
                 schedule=state.scheduler.last_epoch, rate=state.scheduler.get_last_lr()[0], base=state.scheduler.base_lrs[0])
@@ -122,10 +122,10 @@ UNEVEN = dict(batch_size=10, gradient_accumulation_steps=2, eval_every_steps=1)
 
 def seeds_drawn(digits, folder):
     "What each step of a short run seeds its random numbers with."
-    seeds, seed_step = [], training.seed_step
-    training.seed_step = lambda seed, device: seeds.append(seed)
+    seeds, seed_step = [], training._seed_step
+    training._seed_step = lambda seed, device: seeds.append(seed)
     try: whole_run(digits, folder, epochs=1)
-    finally: training.seed_step = seed_step
+    finally: training._seed_step = seed_step
     return seeds
 
 
@@ -194,7 +194,7 @@ def test_two_processes_resume_to_the_bit(both):
 def test_processes_draw_different_random_numbers(both):
     "Dropout would otherwise drop the same features of different images."
     drawn = [result["seeds"] for result in both]
-    assert drawn == [[training.step_seed(42, step, rank) for step in range(6)] for rank in range(2)]
+    assert drawn == [[training._step_seed(42, step, rank) for step in range(6)] for rank in range(2)]
 
 
 def test_each_validation_image_is_scored_once_and_in_order(parts, both):
@@ -225,6 +225,6 @@ def test_a_trained_backbone_in_two_processes(parts, both):
 def test_opening_lines_count_processes(parts):
     model = build_classifier(ModelArguments(**MODEL), parts.data.class_names)
     accelerator = SimpleNamespace(device="cpu", mixed_precision="no", num_processes=3)
-    lines = opening_lines(parts.data, model, accelerator, DataArguments(dataset="mine"), ModelArguments(**MODEL), QuantizationArguments(),
-                          TrainArguments(epochs=5, batch_size=8, gradient_accumulation_steps=2))
+    settings = make_settings(dataset="mine", epochs=5, batch_size=8, gradient_accumulation_steps=2, **MODEL)
+    lines = _opening_lines(settings, Loaded(parts.data, None, model), accelerator)
     assert "Total steps: 10 (5 epochs of 2)" in lines  # 96 images, 48 a step

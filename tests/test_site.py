@@ -11,7 +11,7 @@ import pytest
 from helpers import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 import check_site
 
@@ -66,7 +66,43 @@ def address(site):
 
 
 def test_the_site_is_sound(site):
-    assert check_site.check(site, check_site.public_symbols()) == []
+    assert check_site.check(site, check_site.public_symbols(), notebooks=ROOT / "nbs") == []
+
+
+def processed(tmp_path, *cells):
+    "The cells that both Quarto and smalldocs get of a notebook with these."
+    from execnb.nbio import dict2nb, mk_cell, new_nb
+    from nbdev.processors import FilterDefaults
+    made = new_nb([mk_cell("# Title\n\n> Summary.", "markdown"), *[mk_cell(source) for source in cells]])
+    made.path_ = tmp_path / "00_made.ipynb"
+    FilterDefaults()(made)
+    return [cell.source for cell in made.cells]
+
+
+def test_headings_stand_above_their_source(tmp_path, monkeypatch):
+    "In the order of the definitions, once each, without a signature; source over 40 lines is folded, and only that."
+    import dinov3_nb  # first, or its names would be missing in the tests that follow in this process
+    import _dinov3_nb_docs
+    monkeypatch.setattr(_dinov3_nb_docs, "source_link", lambda module, name: f"https://source.example/{module}#{name}")
+    long = "def long():\n" + "    pass\n" * 40
+    found = processed(tmp_path, "#| default_exp made", "#| exports\ndef one(): pass\ndef _helper(): pass\n\n# on two\n@dataclass\nclass Two: pass",
+                      "'an example'", f"#| exports core\n#| heart\n{long}", "#| exports\n" + long.replace("long", "short", 1).replace("    pass\n", "", 1))
+    start = next(i for i, source in enumerate(found) if source.endswith("### one"))
+    link = lambda module, name: f'[source](https://source.example/{module}#{name}){{.source-link target="_blank"}}\n\n### {name}'
+    assert found[start:start + 4] == [link("made", "one"), '<div id="_helper"></div>', "def one(): pass\ndef _helper(): pass", link("made", "Two")]
+    assert found[start + 4:start + 7] == ["# on two\n@dataclass\nclass Two: pass", "'an example'", link("core", "long")]
+    assert found[start + 7].startswith('#| code-fold: true\n#| code-summary: "long, 41 lines"\ndef long():')
+    assert found[start + 8] == link("made", "short") and found[start + 9].startswith("def short") and len(found) == start + 10
+
+
+def test_code_with_two_backticks_has_no_links(tmp_path):
+    "nbdev would write `[name](address)` into it."
+    from execnb.nbio import mk_cell
+    import dinov3_nb
+    import _dinov3_nb_docs
+    cell = mk_cell("See [`fit`](https://a.example/#fit) and ``say [`fit`](https://a.example/#fit) loud``.", "markdown")
+    _dinov3_nb_docs.no_links_in_code(cell)
+    assert cell.source == "See [`fit`](https://a.example/#fit) and ``say `fit` loud``."
 
 
 def test_first_page(browser, address):
@@ -85,7 +121,7 @@ def test_search_finds_the_classifier(browser, address):
     hit.wait_for(state="visible", timeout=10_000)
     hit.click()
     page.wait_for_url("**/model.html*")
-    assert page.locator("h3#dinov3linear, h3#DinoV3Linear").count() == 1
+    assert page.locator("#dinov3linear").count() == 1
     assert problems == []
 
 
@@ -103,30 +139,58 @@ SQUEEZED = """[...document.querySelectorAll('main td')].filter(e => e.innerText.
     .map(e => e.innerText.slice(0, 30))"""
 
 
+# The longest line of each block of code that scrolls sideways, folded ones unfolded.
+SCROLLING = """(() => { document.querySelectorAll('main details').forEach(e => e.open = true);
+    return [...document.querySelectorAll('main pre')].filter(e => [e, e.parentElement].some(b => b.scrollWidth > b.clientWidth + 1))
+        .map(e => e.innerText.split('\\n').reduce((a, b) => b.length > a.length ? b : a)) })()"""
+
+
 @pytest.fixture(scope="session")
 def every_page(browser, address, site):
-    "Each page, opened once and looked at in two widths: {width: [(name, wider than the window, squeezed cells)]}, and problems."
-    page, problems = open_page(browser, address + "/index.html", viewport={"width": 1280, "height": 900})
-    found, bad = {1280: [], 390: []}, []
+    "Each page, opened once and looked at in two widths: {width: [(name, wider than the window, squeezed cells, wide lines)]}, and problems."
+    page, problems = open_page(browser, address + "/index.html", viewport={"width": 1300, "height": 900})
+    found, bad = {1300: [], 390: []}, []
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page.goto(f"{address}/{name}", wait_until="load")
         for width in found:
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_timeout(150)
-            found[width].append((name, page.evaluate("document.documentElement.scrollWidth") > width + 1, page.evaluate(SQUEEZED)))
+            wide = page.evaluate("document.documentElement.scrollWidth") > width + 1
+            found[width].append((name, wide, page.evaluate(SQUEEZED), page.evaluate(SCROLLING)))
         bad += [(name, problem) for problem in problems]
         problems.clear()
     page.close()
     return found, bad
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1300])
 def test_no_page_is_wider_than_the_window(every_page, width):
     "Wide tables and long code scroll inside themselves, and no table column is squeezed to a few letters."
     found, problems = every_page
     assert len(found[width]) > 20 and problems == []
-    assert [name for name, wide, _ in found[width] if wide] == [] == [(name, cells) for name, _, cells in found[width] if cells]
+    assert [name for name, wide, *_ in found[width] if wide] == [] == [(name, cells) for name, _, cells, _ in found[width] if cells]
+
+
+def test_no_code_scrolls_sideways(every_page):
+    "100 characters fit in a window of 1300 pixels. (On a phone, code scrolls inside its block.)"
+    found, _ = every_page
+    assert [f"{name}: {line}" for name, *_, lines in found[1300] for line in lines] == []
+
+
+ONE_BLOCK = """line => { const pre = document.querySelector('main pre.cell-code');
+    document.querySelectorAll('main pre').forEach(e => e === pre || e.remove()); pre.querySelector('code').textContent = 'a = 1\\n' + line }"""
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_planted_wide_line_is_found(browser, address, folded):
+    "On a page of ours, at its width, with its style sheet: 100 characters pass, 110 do not, also where they are folded."
+    page, _ = open_page(browser, address + "/model.html", viewport={"width": 1300, "height": 900})
+    for line, scrolling in (("b" * 100, []), ("c" * 110, ["c" * 110])):
+        page.evaluate(ONE_BLOCK, line)
+        if folded: page.evaluate("""(() => { const block = document.querySelector('main pre').closest('.cell'), fold = document.createElement('details');
+            block.replaceWith(fold); fold.append(block) })()""")
+        assert page.evaluate(SCROLLING) == scrolling
 
 
 def test_planted_faults_are_noticed(browser, tmp_path):

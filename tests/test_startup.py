@@ -12,7 +12,8 @@ RUN = """
 import json, sys
 import _dinov3_nb_command
 from dinov3_nb.cli import main
-code = main(json.loads(sys.argv[1]))
+try: code = main(json.loads(sys.argv[1]))
+except SystemExit as end: code = end.code  # a parser's own help ends like that
 print("LOADED" + json.dumps(sorted(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
@@ -33,10 +34,25 @@ def test_light_commands(arguments, tmp_path):
     assert printed
 
 
+@pytest.mark.parametrize("command", ["train", "probe"])
+def test_the_help_of_a_command_with_many_flags(command, tmp_path):
+    "transformers' parser turns fields into flags; nothing else of transformers is imported, and no PyTorch."
+    loaded, printed = loaded_by(command, "--help", cwd=tmp_path)
+    assert not (HEAVY - {"transformers"}) & loaded, HEAVY & loaded
+    assert not {name for name in loaded if name.startswith("transformers.models")}
+    assert "--learning_rate" in printed or command == "probe"
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_help_of_a_command_with_few_flags(command, tmp_path):
+    loaded, printed = loaded_by(command, "--help", cwd=tmp_path)
+    assert not HEAVY & loaded and "--checkpoint" in printed, HEAVY & loaded
+
+
 def test_predict_imports_what_it_needs(tmp_path):
     from dinov3_nb import ModelArguments
     from dinov3_nb.backbone import load_processor
-    from dinov3_nb.images import load_digits_dataset
+    from dinov3_nb.sources import load_digits_dataset
     from dinov3_nb.model import build_classifier, export_classifier
     load_digits_dataset()["validation"][0]["image"].save(tmp_path / "picture.png")
     model = build_classifier(ModelArguments(model_name="tiny"), list("0123456789"))

@@ -17,10 +17,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, train, training
 from dinov3_nb.cli import main
-from dinov3_nb.config import FeatureArguments
-from dinov3_nb.features import Features, WholeBatch, feature_loader
+from dinov3_nb.core import FeatureArguments
+from dinov3_nb.features import Features, _WholeBatch, feature_loader
 from dinov3_nb.images import EpochSampler
-from dinov3_nb.training import TrainingState, fit, make_accelerator, restore
+from dinov3_nb.optimizer import make_accelerator
+from dinov3_nb.training import TrainingState, _restore, fit
 
 IMAGES = 64
 
@@ -84,11 +85,11 @@ def test_a_step_that_accelerate_calls_skipped(monkeypatch):
 
 
 def test_a_checkpoint_holds_the_gradient_scaler():
-    from dinov3_nb.checkpoint import make_checkpoint
+    from dinov3_nb.checkpoint import _make_checkpoint
     from dinov3_nb.model import build_classifier
     model, given = build_classifier(ModelArguments(model_name="tiny"), ["a", "b"]), arguments()
     state = training.begin_run(model, given, 10, scaled_accelerator(given, 8.0))
-    assert make_checkpoint(state, {})["scaler_state_dict"]["scale"] == 8.0
+    assert _make_checkpoint(state, {})["scaler_state_dict"]["scale"] == 8.0
 
 
 class Cut(Exception): pass
@@ -127,10 +128,10 @@ def test_the_gradient_scaler_is_restored():
     state = TrainingState(Head(), Parts(), Parts(), scaler=Parts())
     start = dict(optimizer_state_dict={"o": 1}, scheduler_state_dict={"s": 2}, scaler_state_dict={"scale": 3.0},
                  step=5, epoch=1, best_acc=0.5, history=[])
-    restore(state, start)
+    _restore(state, start)
     assert (state.optimizer.loaded, state.scheduler.loaded, state.scaler.loaded) == ({"o": 1}, {"s": 2}, {"scale": 3.0})
     without = TrainingState(Head(), Parts(), Parts())  # bf16 goes on without one
-    restore(without, start)
+    _restore(without, start)
     assert without.step == 5
 
 
@@ -244,8 +245,8 @@ def test_a_finished_run_comes_back_with_its_weights_and_curves(tmp_path):
     "Also with a rate that was looked for."
     def run(**changes):
         return train(DataArguments(dataset=str(tmp_path / "images")), ModelArguments(model_name="tiny"), log=lines.append,
-                     train_arguments=arguments(learning_rate="auto", eval_every_steps="epoch", no_tracking=True, checkpoint_dir=str(tmp_path / "run"), **changes),
-                     feature_arguments=FeatureArguments(cache_dir=str(tmp_path / "kept")))
+                     training=arguments(learning_rate="auto", eval_every_steps="epoch", no_tracking=True, checkpoint_dir=str(tmp_path / "run"), **changes),
+                     features=FeatureArguments(cache_dir=str(tmp_path / "kept")))
     make_image_folder(tmp_path / "images", per_class=4)
     lines, first = [], None
     first, again = run(), run(resume=True)
@@ -260,7 +261,7 @@ def test_a_script_that_a_worker_imports_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
     with pytest.raises(UserError, match='if __name__ == "__main__":'):
-        train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny"), train_arguments=arguments(checkpoint_dir=str(tmp_path / "run")))
+        train(DataArguments(dataset="digits"), ModelArguments(model_name="tiny"), training=arguments(checkpoint_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
@@ -272,7 +273,7 @@ def test_greyscale_ranges_are_named_once(tmp_path):
             for i in range(3): Image.fromarray(np.full((32, 32), low + i * 500, np.uint16)).save(tmp_path / split / name / f"{i}.png")
     lines = []
     train(DataArguments(dataset=str(tmp_path), augment="crop_flip"), ModelArguments(model_name="tiny"), log=lines.append,
-          train_arguments=arguments(eval_every_steps="epoch", no_tracking=True, checkpoint_dir=str(tmp_path / "run")))
+          training=arguments(eval_every_steps="epoch", no_tracking=True, checkpoint_dir=str(tmp_path / "run")))
     assert len([line for line in lines if line.startswith("Wide greyscale images: ")]) == 1, lines
 
 
@@ -286,5 +287,5 @@ class Lost(torch.utils.data.Dataset):
 @pytest.mark.parametrize("how, remedy", [("killed", "was killed, mostly because memory ran out: pass a smaller"), ("ended", "ended before its work was done")])
 def test_a_lost_worker_ends_training_with_a_sentence(how, remedy):
     "accelerate puts a loader of its own in the place of ours."
-    lost = torch.utils.data.DataLoader(Lost(how), 8, sampler=EpochSampler(IMAGES, 0), num_workers=1, multiprocessing_context="fork", collate_fn=WholeBatch())
+    lost = torch.utils.data.DataLoader(Lost(how), 8, sampler=EpochSampler(IMAGES, 0), num_workers=1, multiprocessing_context="fork", collate_fn=_WholeBatch())
     with pytest.raises(UserError, match=remedy): fit(Head(), lost, loaders()[1], arguments(), log=lambda line: None)

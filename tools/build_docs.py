@@ -1,7 +1,7 @@
 """Build the documentation site without Quarto and without a network: `python tools/build_docs.py`.
 
-nbdev's own processors write `_proc/` (signatures, hidden cells, links between pages). smalldocs then renders
-it to `_docs/`, from the same `nbs/_quarto.yml` that `nbdev_docs` hands to Quarto. Formulas become MathML, so a
+nbdev's own processors and those of `_dinov3_nb_docs.py` write `_proc/` (headings, sources, hidden cells, links between
+pages). smalldocs then renders it to `_docs/`, from the same `nbs/_quarto.yml` that `nbdev_docs` hands to Quarto. Formulas become MathML, so a
 page asks nothing of another machine. Search needs http: `python -m http.server -d _docs`.
 """
 import argparse
@@ -16,6 +16,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _dinov3_nb_command  # nbdev imports the package: this leaves PyTorch out
 from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx
@@ -40,7 +42,7 @@ def without_number(text):
 
 
 def rename_notebooks(folder):
-    "nbdev wants `01_data.ipynb` at `data.html` and says so in `output-file`, which smalldocs does not read."
+    "nbdev wants `02_data.ipynb` at `data.html` and says so in `output-file`, which smalldocs does not read."
     notebooks = list(folder.rglob("*.ipynb"))
     names = [p.with_name(re.sub(f"^{NUMBER}", "", p.name)) for p in notebooks]
     assert len(set(names)) == len(names), "two notebooks want the same page"

@@ -1,4 +1,4 @@
-"""Run notebooks in place and keep their outputs: `python tools/execute_nbs.py nbs/01_data.ipynb ...`
+"""Run notebooks in place and keep their outputs: `python tools/execute_nbs.py nbs/02_data.ipynb ...`
 
 Cells that `nbdev_test` would skip keep what they show. Progress bars are off, and figures are stored small.
 """
