@@ -56,10 +56,10 @@ def token_layout(
 
 # %% ../nbs/03_backbone.ipynb #cd234cc5
 def load_backbone(
-    model_name: str,                         # Hub name, alias, timm twin, folder, "tiny"
+    model_name: str,                         # Hub name, alias, twin, folder, "tiny"
     revision: str | None = None,             # branch, tag or commit on the Hub
     quantization_config: Any | None = None,  # a BitsAndBytesConfig; None: float32
-    image_size: int | None = None,           # side in pixels that you will use; None: any
+    image_size: int | None = None,           # side in pixels to be used; None: any
 ) -> PreTrainedModel:                        # in eval mode
     "A DINOv3 backbone, in float32 unless it is quantized."
     found = find_model(model_name, revision, image_size)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .weights import weights_fingerprint
 from .core import TrainArguments, UserError
 from .files import read_checkpoint, save_atomically
 from .images import image_ids
+from .weights import weights_fingerprint
 
 # %% ../nbs/11_checkpoint.ipynb #04a5dd1c
 def checkpoint_saver(

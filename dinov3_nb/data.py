@@ -87,8 +87,8 @@ def _find_train(
     if len(train) == 1 or train and train[0].lower() == "train": return train[0]
     if train:
         raise UserError(
-            f"several splits could be the one to learn from ({writable(shorten(train))}): "
-            f"give one of them the name 'train'.")
+            f"several splits could be the one to learn from "
+            f"({writable(shorten(train))}): give one of them the name 'train'.")
     has = writable(", ".join(splits) or "no splits")
     raise UserError(f"there is no split named 'train': the dataset has {has}; give the "
                     f"name 'train' to the one to learn from.")
@@ -120,8 +120,8 @@ def _read_class_label(
     codes = column.cast(pa.int64()).fill_null(-1).to_numpy()
     if codes.max(initial=-1) >= len(names):
         raise UserError(
-            f"the column {label_column!r} holds the label {codes.max()}, and has names for "
-            f"{len(names)} classes, 0 to {len(names) - 1}.")
+            f"the column {label_column!r} holds the label {codes.max()}, and has names "
+            f"for {len(names)} classes, 0 to {len(names) - 1}.")
     names = list(dict.fromkeys(spelled))
     numbers = np.array([names.index(name) for name in spelled] + [-1], dtype=np.int64)
     return names, numbers[np.maximum(codes, -1)]
@@ -229,7 +229,8 @@ def _check_labels(
     notes = []
     absent = np.setdiff1d(np.arange(len(class_names)), present)
     if without:
-        notes.append(f"{split}: images left out because they have no label: {without:,}")
+        notes.append(
+            f"{split}: images left out because they have no label: {without:,}")
     if len(absent):
         of = f"{len(absent)} of {len(class_names)} classes"
         names = shorten([class_names[k] for k in absent])

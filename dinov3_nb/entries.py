@@ -126,7 +126,7 @@ def keep_late(
     rows: list[int],       # which were read now
     values: torch.Tensor,  # (rows, 2, embed_dim) float32
 ) -> None:
-    "Add rows that were read late to an entry: their file, then the record that names it."
+    "Add late rows to an entry: first their file, then the record that names it."
     record = read_record(folder)
     before = record.get("late", {}).get("file")
     old_rows, old_values = _read_late(folder, record)

@@ -38,7 +38,7 @@ class Chosen:
 class Evaluation:
     "What a classifier is worth on a set of images."
     scores: Scores          # `recall` in the order of `class_names`
-    class_names: list[str]
+    class_names: list[str]  # of the classifier, in the order of its logits
     chosen: Chosen          # which images were scored
     notes: list[str]        # what they are
 
@@ -210,8 +210,8 @@ def choose_rows(
         labels, total = splits[name].labels, len(splits[name].images)
         rows = rows[labels[rows] >= 0]
         found[name] = rows if share is None else _draw_share(labels, rows, share)
-        of = f"{name}: " if len(splits) > 1 else ""
-        notes.append(f"{of}{len(found[name]):,} of {total:,} images")
+        where = f"{name}: " if len(splits) > 1 else ""
+        notes.append(f"{where}{len(found[name]):,} of {total:,} images")
     return _count_trained_on(classifier, splits, Chosen(found, notes))
 
 # %% ../nbs/12_evaluation.ipynb #d7d6c05b

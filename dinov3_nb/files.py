@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .weights import tensor_digest
 from .core import UserError
+from .weights import tensor_digest
 
 # %% ../nbs/11_files.ipynb #a1c9de71
 def save_atomically(

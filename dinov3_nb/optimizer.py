@@ -49,7 +49,7 @@ def adamw_8bit(
     parameter_groups: Any,  # parameters, or dictionaries with their "weight_decay"
     learning_rate: float,   # the peak, which the schedule scales
 ) -> torch.optim.Optimizer:
-    "AdamW with its two moments in 8 bits."
+    "AdamW with its two running averages in 8 bits."
     return AdamW8bit(parameter_groups, lr=learning_rate, weight_decay=0.0)
 
 # %% ../nbs/10_optimizer.ipynb #15d883e2

@@ -31,7 +31,8 @@ class Entry:
         "The beginning of its key, then what its record says."
         recipe, about = self.record.get("recipe", {}), self.record.get("about", {})
         model = Path(about.get("model", "?")).name
-        num_images, width = self.record.get("num_images", 0), self.record.get("embed_dim", 0)
+        num_images = self.record.get("num_images", 0)
+        width = self.record.get("embed_dim", 0)
         images = f"{num_images:,} x {width:,}"
         precision = recipe.get("precision", "?").replace("no", "fp32")
         state = "whole" if self.finished else "unfinished"
@@ -82,9 +83,9 @@ def read_record(
 
 # %% ../nbs/07_records.ipynb #744022e5
 def clear_entries(
-    folder: Path,             # of the cache
-    keys: Sequence[str] = (), # beginnings of keys; none: everything
-) -> list[Entry]:             # what was removed; entries that a run is computing stay
+    folder: Path,              # of the cache
+    keys: Sequence[str] = (),  # beginnings of keys; none: everything
+) -> list[Entry]:              # what was removed; entries that a run is computing stay
     "Remove kept features."
     entries, removed = list_entries(folder), []
     for key in keys:

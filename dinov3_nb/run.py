@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -269,7 +269,7 @@ def probe(
     *parts: Any,    # a `Settings`, or any of its five parts
     log: Callable[[str], None] = print,  # for what the dataset consists of
     **values: Any,  # settings by name; `dataset` may be a `Dataset` of your own
-) -> list[ProbeResult]:
+) -> list[ProbeResult]:  # by method, then by pool
     "Load data and backbone, get the features, and try every method on them."
     parts_steered = [DataArguments, QuantizationArguments, FeatureArguments]
     useful = [field.name for part in parts_steered for field in fields(part)]

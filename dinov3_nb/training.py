@@ -99,7 +99,7 @@ def train_step(
 def fit(
     model: nn.Module,              # from `build_classifier`
     train_loader: DataLoader,      # with an `EpochSampler` and a `Collator`
-    validation_loader: DataLoader,
+    validation_loader: DataLoader,  # every image once, in order
     arguments: TrainArguments,
     accelerator: Accelerator | None = None,  # None: made from the arguments
     start: dict | None = None,     # checkpoint to go on from; its weights are loaded
@@ -248,7 +248,7 @@ class Scores:
 def score(
     logits: torch.Tensor,  # (images, num_classes)
     labels: torch.Tensor,  # (images,) int64
-    unread: Iterable[str] = (),
+    unread: Iterable[str] = (),  # messages of images that could not be read
 ) -> Scores:
     "Loss, top-1, top-5 and per-class recall over all images at once."
     right = logits.argmax(1) == labels
