@@ -287,6 +287,11 @@ class Settings:
     training: TrainArguments = TrainArguments()
 
     def __post_init__(self):
+        for name, group in get_type_hints(type(self)).items():
+            part = getattr(self, name)
+            if isinstance(part, group): continue
+            raise UserError(f"{name}={part!r} is not of the right kind: "
+                            f"it must be {group.__name__}(...).")
         check_together(self)
         check_automatic_rate(self)
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,7 @@ from dinov3_nb.checkpoint import (
     check_same_run, checkpoint_saver, find_start, is_complete, open_folder,
 )
 from dinov3_nb.core import (
-    DataArguments, FeatureArguments, ModelArguments, QuantizationArguments, Settings,
-    UserError, check_names, features_are_fixed, make_settings,
+    ModelArguments, Settings, UserError, features_are_fixed, make_settings,
 )
 from dinov3_nb.data import (
     OWN_DATASET, PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset,
@@ -271,12 +270,11 @@ def probe(
     **values: Any,  # settings by name; `dataset` may be a `Dataset` of your own
 ) -> list[ProbeResult]:  # by method, then by pool
     "Load data and backbone, get the features, and try every method on them."
-    parts_steered = [DataArguments, QuantizationArguments, FeatureArguments]
-    useful = [field.name for part in parts_steered for field in fields(part)]
-    useful += _PROBED
-    single = [name for name, value in values.items() if not is_dataclass(value)]
-    check_names(single, useful, "a setting of probe")
     settings, dataset = _read_settings(parts, values)
+    steered = [*vars(settings.data), *vars(settings.quantization), *vars(settings.features)]
+    idle = values.keys() & settings.flat().keys() - {*steered, *_PROBED}
+    if idle:
+        raise UserError(f"{min(idle)!r} does nothing for a probe: leave it out.")
     if settings.data.augment != "none":
         raise UserError("--augment does nothing for a probe: leave it out.")
     accelerator = make_accelerator(settings.training, settings.quantization.use_4bit)
