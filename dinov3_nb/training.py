@@ -117,7 +117,8 @@ def fit(
     state = begin_run(model, arguments, steps.total, accelerator, start)
     train_batches, held_out = accelerator.prepare(train_loader, validation_loader)
     report = _Report(arguments, steps, accelerator, save, track, log)
-    bar = tqdm(total=steps.total, initial=state.step, disable=None, leave=False)
+    bar = tqdm(total=steps.total, initial=state.step, unit="step", disable=None,
+               leave=False)
 
     for epoch in range(state.step // steps.per_epoch, arguments.epochs):
         sampler.epoch = collator.epoch = epoch
