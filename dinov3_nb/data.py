@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OWN_DATASET', 'PreparedDataset', 'load_and_prepare_dataset', 'stratified_rows', 'LabelledSplit',
-           'load_labelled_splits', 'in_full', 'dataset_in_full']
+           'load_labelled_splits', 'in_full', 'dataset_in_full', 'take_own_dataset']
 
 # %% ../nbs/02_data.ipynb #ff3548e5
+import os
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -380,3 +382,12 @@ def dataset_in_full(
 ) -> str:
     "The same for a dataset: `digits` is always the one in the package."
     return name if name in ("digits", OWN_DATASET) else in_full(name)
+
+
+def take_own_dataset(
+    values: dict,  # settings by name; `dataset` may be a `Dataset` or `DatasetDict`
+) -> tuple[dict, Any]:  # settings by name, with a name for it; your own dataset or None
+    "Put a name in the place of a dataset that was given as an object."
+    own = values.get("dataset")
+    if own is None or isinstance(own, str | os.PathLike): return values, None
+    return values | {"dataset": OWN_DATASET}, own

@@ -16,8 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .core import DataArguments, TrainArguments, UserError, check_names, check_range
-from .data import OWN_DATASET, dataset_in_full, load_labelled_splits, stratified_rows
+from dinov3_nb.core import (
+    DataArguments, TrainArguments, UserError, check_names, check_range, make_settings,
+)
+from dinov3_nb.data import (
+    OWN_DATASET, dataset_in_full, load_labelled_splits, stratified_rows,
+    take_own_dataset,
+)
 from .images import Collator, image_ids, make_loader
 from .inference import Classifier, autocast_for, load_classifier
 from .optimizer import make_accelerator
@@ -57,7 +62,8 @@ def evaluate(
 ) -> Evaluation:
     "Score a checkpoint: on its run's validation images, or on another dataset."
     check_names(values, [*_SCORED, *_OTHERS], "a setting of evaluate")
-    values, own = _read_values(values)
+    given = {name: value for name, value in values.items() if value is not None}
+    values, own = take_own_dataset(given)
     share = values.get("val_split_ratio")
     check_range("val_split_ratio", share, 0, 1, open_low=True)
     classifier = checkpoint
@@ -65,25 +71,15 @@ def evaluate(
         classifier = load_classifier(checkpoint, model_name=model_name)
     data, same = _choose_dataset(values, classifier.config)
     splits = load_labelled_splits(data, notes := [], own)
-    if own is not None: same = same and _holds_held_out(classifier, splits)
+    if own is not None and same: same = None  # both have no name to compare
     chosen = choose_rows(classifier, splits, same, split, share)
     scores = evaluate_classifier(classifier, splits, chosen.rows, batch_size,
                                  data.on_bad_image, data.num_workers)
     return Evaluation(scores, classifier.class_names, chosen, notes + chosen.notes)
 
 # %% ../nbs/12_evaluation.ipynb #8d6f4d59
-def _read_values(
-    values: dict,  # settings by name, as given
-) -> tuple[dict, Any]:  # those that are not None; your own dataset or None
-    "Settings in plain form, and the dataset if it was given as an object."
-    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
-              for name, value in values.items() if value is not None}
-    if isinstance(values.get("dataset", ""), str): return values, None
-    return values | {"dataset": OWN_DATASET}, values["dataset"]
-
-
 def _choose_dataset(
-    values: dict,  # from `_read_values`
+    values: dict,  # settings by name, from `take_own_dataset`
     config: dict,  # of the checkpoint's run; empty for a `save_pretrained` folder
 ) -> tuple[DataArguments, bool]:  # where the images are; whether the run used them
     "The dataset that is named, else the one that the checkpoint was trained on."
@@ -91,10 +87,10 @@ def _choose_dataset(
     if named is None and known in (None, "", OWN_DATASET):
         raise UserError("The checkpoint does not say where its dataset is: "
                         "give --dataset.")
-    same = named is None or known == dataset_in_full(named)
+    same = named is None or known == dataset_in_full(os.fspath(named))
     columns = {name: config[name] for name in ("image_column", "label_column")
                if same and config.get(name)}
-    return DataArguments(**{"dataset": known, **columns, **values}), same
+    return make_settings(**{"dataset": known, **columns, **values}).data, same
 
 # %% ../nbs/12_evaluation.ipynb #18a4e5ff
 def _find_held_out(
@@ -118,23 +114,16 @@ def _find_held_out(
         if taken: found[name] = np.array(taken)
     return found, left.total()
 
-
-def _holds_held_out(
-    classifier: Classifier,
-    splits: dict,  # {name: `LabelledSplit`}, of a dataset that has no name to compare
-) -> bool:
-    "Whether any of the run's validation images is in there."
-    if classifier.held_out is None: return False
-    return bool(_find_held_out(classifier.held_out, splits)[0])
-
 # %% ../nbs/12_evaluation.ipynb #6d5f90a4
 def _choose_held_out(
-    held_out: dict,  # "split", "rows" and "images" of a checkpoint
-    splits: dict,    # {name: `LabelledSplit`}
-) -> Chosen:
+    held_out: dict,       # "split", "rows" and "images" of a checkpoint
+    splits: dict,         # {name: `LabelledSplit`}
+    needed: bool = True,  # False: it may be another dataset, with none of them
+) -> Chosen | None:
     "The run's own validation images."
     rows, missing = _find_held_out(held_out, splits)
     total = len(held_out["images"])
+    if not rows and not needed: return None
     if not rows:
         raise UserError(
             f"None of the run's {total:,} validation images is in the dataset "
@@ -196,15 +185,16 @@ def _count_trained_on(
 def choose_rows(
     classifier: Classifier,
     splits: dict,                # {name: `LabelledSplit`}, from `load_labelled_splits`
-    same_dataset: bool,          # the one that the classifier was trained on
+    same_dataset: bool | None,   # the run's own; None: if its images are in there
     split: str | None = None,    # a split's name; None: validation images, or all
     share: float | None = None,  # of each class, above 0 and at most 1; None: all of it
 ) -> Chosen:
     "Which images to score."
-    own = same_dataset and split is None
+    own, chosen = same_dataset is not False and split is None, None
     if own and classifier.held_out is not None:
-        chosen = _choose_held_out(classifier.held_out, splits)
-    else: chosen = _choose_splits(splits, split, own)
+        chosen = _choose_held_out(classifier.held_out, splits, same_dataset is True)
+    if chosen is None:
+        chosen = _choose_splits(splits, split, own and same_dataset is True)
     found, notes = {}, [*chosen.notes]
     for name, rows in chosen.rows.items():
         labels, total = splits[name].labels, len(splits[name].images)

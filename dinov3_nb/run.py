@@ -7,7 +7,6 @@ __all__ = ['train', 'Loaded', 'load_all', 'open_features', 'probe']
 
 # %% ../nbs/15_run.ipynb #81a3171c
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +27,7 @@ from dinov3_nb.core import (
     ModelArguments, Settings, UserError, features_are_fixed, make_settings,
 )
 from dinov3_nb.data import (
-    OWN_DATASET, PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset,
+    PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset, take_own_dataset,
 )
 from .features import Features, PassOptions
 from .files import load_weights
@@ -94,12 +93,10 @@ def _read_settings(
     values: dict,  # settings by name; `dataset` may be a `Dataset` or `DatasetDict`
 ) -> tuple[Settings, Any]:  # as the checkpoint keeps them; your own dataset or None
     "Settings, and the dataset if it was given as an object."
-    named = isinstance(values.get("dataset", ""), str | os.PathLike | None)
-    own = None if named else values["dataset"]
-    if not named: values = values | {"dataset": OWN_DATASET}
+    values, own = take_own_dataset(values)
     settings = make_settings(*parts, **values)
-    dataset, model_name = settings.data.dataset, settings.model.model_name
-    if named: dataset = dataset_in_full(dataset)
+    dataset = dataset_in_full(settings.data.dataset)
+    model_name = settings.model.model_name
     if Path(model_name).expanduser().is_dir(): model_name = in_full(model_name)
     return replace(settings, data=replace(settings.data, dataset=dataset),
                    model=replace(settings.model, model_name=model_name)), own
