@@ -15,8 +15,8 @@ from common import (SHAPES, command_line, cpu_seconds, describe_machine, gflop, 
 from dinov3_nb.core import DataArguments
 from dinov3_nb.data import load_and_prepare_dataset
 from dinov3_nb.images import Collator, ImageRows
-from dinov3_nb.features import (FastProcessor, PassCollator, PassOptions, both_pools, decode_image,
-                                extract_features)
+from dinov3_nb.decoding import FastProcessor, PassCollator, decode_image
+from dinov3_nb.features import PassOptions, both_pools, extract_features
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 

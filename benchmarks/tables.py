@@ -91,13 +91,61 @@ def startup(r):
     return f"{table(head, rows)}\n\n{conditions(r)} {r['arguments']['repeats']} repeats, in turn."
 
 
+def prepare(r):
+    "Seconds of each step, the plain way and ours."
+    middle = {name: {way: statistics.median(v) for way, v in ways.items()} for name, ways in r["seconds"].items()}
+    rows = [[name, f"{m['plain']:,.2f}", f"{m['ours']:,.2f}", f"{m['plain'] / m['ours']:,.1f}"] for name, m in middle.items()]
+    a, head = r["arguments"], ["step", "plain, seconds", "ours, seconds", "times faster"]
+    return f"{table(head, rows)}\n\n{conditions(r)} {a['rows']:,} images, {a['classes']:,} classes, repeats: {a['repeats']}."
+
+
+def store(r):
+    "Two tables: what each action takes, and how appending grows."
+    names = {"append": "append all rows", "open": "open", "find_all": "look up all names",
+             "random": f"{r['arguments']['random_rows']:,} random rows, checked", "all": "all rows as one array, checked"}
+    sides = r["sides"]
+    rows = [[said, *(f"{sides[side][name]:.3f}" for side in sides), f"{sides['SQLite'][name] / sides['store'][name]:.1f}"]
+            for name, said in names.items()]
+    a = r["arguments"]
+    quarters = ", ".join(f"{seconds:.1f}" for seconds in r["quarters"])
+    said = (f"{a['rows']:,} rows of {a['row_bytes']:,} bytes; {sides['store']['megabytes']:,.0f} MB in the store, "
+            f"{sides['SQLite']['megabytes']:,.0f} in SQLite. Appending took {quarters} s for each quarter of the rows.")
+    head = ["seconds", *sides, "times as fast as SQLite"]
+    return f"{table(head, rows)}\n\n{said} {conditions(r)}"
+
+
+def shared_pass(r):
+    "Seconds of one process and of two."
+    rows = [[world, f"{statistics.median(run['seconds'] for run in runs):.2f}",
+             " + ".join(map(str, runs[0]["computed"]))] for world, runs in r["runs"].items()]
+    said = f"Two processes take {r['ratio']:.2f} of one process's time. {r['arguments']['repeats']} repeats, in turn."
+    return f"{table(['processes', 'seconds (median)', 'images each computed'], rows)}\n\n{said} {conditions(r)}"
+
+
+def probes(r):
+    "What was measured, what was computed from it, and the ratio to the plain way."
+    names = {"neighbours": "nearest neighbours", "ridge": "ridge regression", "logistic": "logistic regression",
+             "bank": "bank of 13 heads", "plain": "plain (scikit-learn)"}
+    def size(m): return [f"{m['images']:,} x {m['width']:,} x {m['classes']:,}", names[m["kind"]]]
+    rows = [[*size(m), f"{m['seconds']:,.1f}", f"{m['megabytes']:,.0f}", f"{m['features_megabytes']:,.0f}", f"{m['accuracy']:.2%}"]
+            for m in r["measured"]]
+    measured = table(["images x width x classes", "method", "seconds", "MB besides", "MB of features", "accuracy"], rows)
+    rows = [[*size(c), f"{c['operations'] / 1e12:,.2f}", f"{c['gflops']:,.0f}", f"{c['seconds'] / 60:,.1f}", f"{c['megabytes'] / 1e3:,.1f}"]
+            for c in r["computed"]]
+    computed = table(["computed", "method", "TFLOP", "GFLOP/s, as measured", "minutes", "GB besides"], rows)
+    ratios = ", ".join(f"{ratio:.1f} at {name.replace('x', ' x ')}" for name, ratio in r["ratio"].items())
+    said = f"Times faster than the plain way, logistic regression: {ratios}."
+    return f"{measured}\n\n{said}\n\n{computed}\n\n{conditions(r)}"
+
+
 def main():
     files = [Path(f) for f in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
     text = README.read_text()
     for file in files:
         result = json.loads(file.read_text())
         name = result["benchmark"] + ("_pair" if result["arguments"].get("pair") else "")
-        made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu, "startup": startup}[result["benchmark"]](result)
+        made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu, "store": store, "shared_pass": shared_pass,
+                "startup": startup, "prepare": prepare, "probes": probes}[result["benchmark"]](result)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
         print(f"{file}: {name}" if found else f"{file}: README.md has no place for {name}")

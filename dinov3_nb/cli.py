@@ -13,6 +13,7 @@ import gc
 import json
 import math
 import os
+import select
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
@@ -186,6 +187,19 @@ def _add_common_flags(
         help="processes that decode images (default: found by itself)")
     add("--model_name",
         help="backbone, if the checkpoint does not name it or it has moved")
+    add("--cache_features", choices=["auto", "never"], default="auto",
+        help="auto: take and keep features of a frozen backbone; never: compute them")
+    add("--cache_dir", help="folder that features are kept in (default: the run's)")
+
+
+def _report_skipped(
+    skipped: int,  # images that could not be read
+    total: int,
+) -> None:
+    "Say how many were skipped; that all were is an error."
+    if skipped == total:
+        raise UserError(f"None of the {skipped:,} images could be read.")
+    if skipped: print(f"{skipped:,} of {total:,} images skipped", file=sys.stderr)
 
 
 def _run_predict(
@@ -202,17 +216,18 @@ def _run_predict(
     given, notes = _parse(parser, arguments)[0], []
     check_range("top_k", given.top_k, 1)
     with _collector_at_rest():
-        from dinov3_nb.inference import each_picture, load_classifier
+        from dinov3_nb.inference import load_classifier
+        from dinov3_nb.inputs import each_picture
     classifier = load_classifier(given.checkpoint, model_name=given.model_name)
     pictures = list(each_picture(given.images, notes, given.on_bad_image == "skip"))
     for note in notes: print(note, file=sys.stderr)
     width = max(len(str(picture)) for picture in pictures)
+    kept = FeatureArguments(cache_features=given.cache_features,
+                            cache_dir=given.cache_dir)
     answers = classifier.stream(pictures, given.top_k, given.batch_size,
-                                given.on_bad_image, given.num_workers)
-    skipped, total = _print_predictions(answers, given.json, width), len(pictures)
-    if skipped == total:
-        raise UserError(f"None of the {skipped:,} images could be read.")
-    if skipped: print(f"{skipped:,} of {total:,} images skipped", file=sys.stderr)
+                                given.on_bad_image, given.num_workers, kept)
+    skipped = _print_predictions(answers, given.json, width)
+    _report_skipped(skipped, len(pictures))
 
 # %% ../nbs/16_cli.ipynb #47d9c82a
 def _report_lines(
@@ -270,17 +285,14 @@ def _run_evaluate(
     as_json = given.pop("json")
     with _collector_at_rest(): from dinov3_nb.evaluation import evaluate
     found = evaluate(**given)
+    if os.environ.get("RANK", "0") != "0": return  # of several processes one speaks
     print(_report_json(found) if as_json else "\n".join(_report_lines(found)))
 
 # %% ../nbs/16_cli.ipynb #c058849d
-def _run_probe(
-    arguments: list[str],  # flags as typed
+def _add_probe_flags(
+    parser: argparse.ArgumentParser,
 ) -> None:
-    "dinov3-nb probe"
-    about = ("Try kNN, ridge, logistic regression and a bank of heads on the frozen "
-             "features.")
-    groups = [group for group in _GROUPS if group[0] not in ("Model", "Training")]
-    parser = _make_parser("probe", about, groups)
+    "Flags of `probe` beside those of the groups."
     add = parser.add_argument
     add("--model_name", default=ModelArguments.model_name, help="as for train")
     add("--revision",
@@ -292,28 +304,87 @@ def _run_probe(
     add("--seed", type=int, default=42,
         help="seed of the splits, of the bank's first weights and of its order of "
              "images")
+    add("--checkpoint_dir",
+        help="save the best linear method there as a classifier, for predict and "
+             "evaluate (default: save nothing)")
+    add("--overwrite", action="store_true",
+        help="replace what --checkpoint_dir holds")
+
+
+def _run_probe(
+    arguments: list[str],  # flags as typed
+) -> None:
+    "dinov3-nb probe"
+    about = ("Try kNN, ridge, logistic regression and a bank of heads on the frozen "
+             "features, and keep the best head.")
+    groups = [group for group in _GROUPS if group[0] not in ("Model", "Training")]
+    parser = _make_parser("probe", about, groups)
+    _add_probe_flags(parser)
     *parts, others = _parse(parser, arguments)
     with _collector_at_rest():
         from dinov3_nb.probe import probe_lines
         from dinov3_nb.run import probe
-    print("\n".join(probe_lines(probe(*parts, **vars(others)))))
+    results = probe(*parts, **vars(others))
+    if others.checkpoint_dir is None: print("\n".join(probe_lines(results)))
 
 # %% ../nbs/16_cli.ipynb #926d26ea
+def _add_features_flags(
+    parser: argparse.ArgumentParser,
+) -> None:
+    "What `features` takes."
+    add = parser.add_argument
+    add("action", choices=["list", "clear", "verify"],
+        help="list them, remove them, or read all of them and check them")
+    add("keys", nargs="*", help="beginnings of keys (default: all)")
+    add("--older_than", type=float,
+        help="with list and clear: days in which they were not used (default: any)")
+    add("--cache_dir", help="folder that features are kept in (default: as for train)")
+
+
+def _verify_features(
+    folder: Any,      # of the cache
+    keys: list[str],  # beginnings of keys; none: all
+) -> None:
+    "Read and check every row, a line for each store."
+    from dinov3_nb.store import verify_entries
+    total = lost = unknown = 0
+    for entry, rows, damaged in verify_entries(folder, keys):
+        if damaged is None:
+            print(f"{entry.key[:8]}  cannot be checked: its record is damaged or missing")
+            unknown += 1
+            continue
+        state = f"{damaged:,} damaged" if damaged else "whole"
+        print(f"{entry.key[:8]}  {rows:>13,} rows read: {state}", flush=True)
+        total, lost = total + rows, lost + damaged
+    if lost:
+        raise UserError(f"{lost:,} of {total:,} kept rows were damaged: they are "
+                        "forgotten, and the next run that needs them computes them.")
+    if unknown:
+        raise UserError(f"{unknown} of the stores could not be checked: run what uses "
+                        "them once, which writes their records anew, or clear them.")
+    print(f"{total:,} rows, all whole, in {folder}")
+
+
 def _run_features(
-    arguments: list[str],  # "list" or "clear", keys and flags as typed
+    arguments: list[str],  # "list", "clear" or "verify", keys and flags as typed
 ) -> None:
     "dinov3-nb features"
-    parser = _make_parser("features", "Show or remove kept features.")
-    add = parser.add_argument
-    add("action", choices=["list", "clear"], help="list them, or remove them")
-    add("keys", nargs="*", help="with clear: beginnings of keys (default: all)")
-    add("--cache_dir", help="folder that features are kept in (default: as for train)")
+    parser = _make_parser("features", "Show, remove or check kept features.")
+    _add_features_flags(parser)
     given = _parse(parser, arguments)[0]
+    check_range("older_than", given.older_than, 0)
     from dinov3_nb.records import cache_folder, clear_entries, list_entries
     folder = cache_folder(FeatureArguments(cache_dir=given.cache_dir))
+    if given.action == "verify" and given.older_than is not None:
+        raise UserError("--older_than does nothing with verify: leave it out.")
+    if given.action == "verify": return _verify_features(folder, given.keys)
     clear = given.action == "clear"
-    entries = clear_entries(folder, given.keys) if clear else list_entries(folder)
+    meant = list_entries(folder, given.keys, given.older_than)
+    entries = clear_entries(folder, given.keys, given.older_than) if clear else meant
     for entry in entries: print(entry.line())
+    for entry in meant if clear else []:
+        if entry.place.exists(): print(f"{entry.key[:8]}  stays: a run appends to it, or "
+                                       "it may not be removed")
     size = sum(entry.size for entry in entries) / 1e6
     done = "removed from" if clear else "in"
     print(f"{len(entries)} entries, {size:,.1f} MB, {done} {folder}")
@@ -336,13 +407,13 @@ Turn DINOv3 into your own image classifier.
   train     train a classifier
   predict   name what is in pictures
   evaluate  score it on a dataset
-  probe     what is in the features
-  features  show or remove kept ones
+  probe     what is in the features, and the best head on them
+  features  show, check or remove kept ones
   models    list the DINOv3 checkpoints
 
 For example, one after the other:
 
-  dinov3-nb probe --dataset digits --model_name tiny
+  dinov3-nb probe --dataset digits --model_name tiny --checkpoint_dir mine
   dinov3-nb train --dataset digits --model_name tiny
   dinov3-nb predict --checkpoint checkpoints_dinov3 picture.png
   dinov3-nb evaluate --checkpoint checkpoints_dinov3
@@ -409,8 +480,17 @@ def _accept_any_text() -> None:
 
 def _output_is_closed() -> bool:
     "Whether nobody reads the output any more; then it goes nowhere from here on."
+    closed = _reader_is_gone()
     try: print(end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    except BrokenPipeError: closed = True
+    if closed: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
+def _reader_is_gone() -> bool:
+    "Whether the output is a pipe with nobody at its other end."
+    if not hasattr(select, "poll"): return False  # on Windows
+    poll = select.poll()
+    try: poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError): return False  # no file behind it
+    return any(event & select.POLLERR for _, event in poll.poll(0))

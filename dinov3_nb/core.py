@@ -171,9 +171,15 @@ class FeatureArguments:
     cache_dir: str | None = argument(None,
         "folder that features are kept in (default: $DINOV3_NB_CACHE, or dinov3_nb "
         "in your cache folder)")
+    cache_limit: float | None = argument(None,
+        "largest size of that folder in GB: what was used longest ago goes first "
+        "(default: no limit)")
+    feature_dtype: Literal["float32", "float16", "bfloat16"] = argument("float32",
+        "type that features are kept in: the 16-bit ones take half the space")
 
     def __post_init__(self):
         check_choices(self)
+        check_range("cache_limit", self.cache_limit, 0, open_low=True)
         if self.cache_dir == "":
             raise UserError("--cache_dir is empty: name a folder, or leave it out.")
 

@@ -23,7 +23,9 @@ from .images import ImageRows
 from dinov3_nb.sources import (
     as_splits, notes_in_errors, read_dataset, split_kinds, with_columns, writable,
 )
-from .tables import Columns, describe_columns, find_columns, shorten
+from dinov3_nb.tables import (
+    Columns, columns_dataset, describe_columns, find_columns, shorten,
+)
 
 # %% ../nbs/02_data.ipynb #8d5ac73c
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ def _read_class_label(
         raise UserError(
             f"the column {label_column!r} holds the label {codes.max()}, and has names "
             f"for {len(names)} classes, 0 to {len(names) - 1}.")
-    names = list(dict.fromkeys(spelled))
-    numbers = np.array([names.index(name) for name in spelled] + [-1], dtype=np.int64)
-    return names, numbers[np.maximum(codes, -1)]
+    places = {name: place for place, name in enumerate(dict.fromkeys(spelled))}
+    numbers = np.array([places[name] for name in spelled] + [-1], dtype=np.int64)
+    return list(places), numbers[np.maximum(codes, -1)]
 
 # %% ../nbs/02_data.ipynb #380e6cf8
 def _translate_labels(
@@ -137,7 +139,7 @@ def _translate_labels(
 ) -> np.ndarray:              # (images,) numbers by `class_names`
     "Renumber one split's labels by the names of the training split."
     numbers = {name: number for number, name in enumerate(class_names)}
-    used = [names[k] for k in np.unique(labels[labels >= 0])]
+    used = [names[k] for k in np.flatnonzero(np.bincount(labels[labels >= 0]))]
     unknown = [name for name in used if name not in numbers]
     if unknown:
         raise UserError(
@@ -191,7 +193,9 @@ def _cut_validation(
     if not len(validation):
         raise UserError("no class has two images, so none can be set aside for "
                         "validation: add images, or a 'validation' split.")
-    return np.setdiff1d(np.flatnonzero(labels >= 0), validation), validation
+    is_left = labels >= 0
+    is_left[validation] = False
+    return np.flatnonzero(is_left), validation
 
 # %% ../nbs/02_data.ipynb #0cc2fae3
 def _note_unused(
@@ -220,7 +224,8 @@ def _check_labels(
     class_names: list[str],  # all classes
 ) -> list[str]:              # lines for the log, none if all is well
     "What is odd about a split's labels; a single class to learn from is an error."
-    present, without = np.unique(labels[labels >= 0]), int((labels < 0).sum())
+    present = np.flatnonzero(np.bincount(labels[labels >= 0]))
+    without = int((labels < 0).sum())
     if split == "train" and len(present) < 2:
         only = (f"only the class {class_names[present[0]]!r}" if len(present) else
                 "no labels (all are None, empty or -1)" if len(labels) else "no images")
@@ -307,7 +312,19 @@ def _keep_undecoded(
 ) -> datasets.Dataset:        # the rows; images as {"bytes", "path"}
     "One split in its final form, without rewriting an image."
     split = split.cast_column(image_column, datasets.Image(decode=False))
-    return split if len(rows) == len(split) else split.select(rows)
+    if len(rows) == len(split): return split
+    if not _is_list_of_paths(split, image_column): return split.select(rows)
+    return columns_dataset(split.with_format("arrow")[:].take(rows), split.features)
+
+
+def _is_list_of_paths(
+    split: datasets.Dataset,  # images undecoded
+    image_column: str,
+) -> bool:                    # False where a copy of some rows would copy pictures
+    "Whether a split is paths and labels in memory, and no more."
+    if split.cache_files or split.num_columns > 2: return False
+    images = split.select_columns(image_column).with_format("arrow")[:][image_column]
+    return pc.struct_field(images, "bytes").null_count == len(images)
 
 # %% ../nbs/02_data.ipynb #27bb56a0
 @dataclass(frozen=True)

@@ -15,17 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, DataLoader
 
+from .contents import name_images
 from dinov3_nb.core import (
-    DataArguments, TrainArguments, UserError, check_names, check_range, make_settings,
+    FeatureArguments, Settings, TrainArguments, UserError, check_names, check_range,
+    make_settings,
 )
 from dinov3_nb.data import (
     OWN_DATASET, dataset_in_full, load_labelled_splits, stratified_rows,
     take_own_dataset,
 )
-from .images import Collator, image_ids, make_loader
-from .inference import Classifier, autocast_for, load_classifier
+from .features import Features, PassOptions, feature_loader
+from .images import Collator, ImageRows, image_ids, make_loader
+from dinov3_nb.inference import (
+    Classifier, autocast_for, load_classifier, open_kept, open_split, processor_of_run,
+)
 from .optimizer import make_accelerator
+from .processes import share_batches
+from .pictures import BadImage, ReadError
 from .training import Scores, collect_logits, score
 
 # %% ../nbs/12_evaluation.ipynb #f1bda23c
@@ -49,7 +57,7 @@ class Evaluation:
 
 # %% ../nbs/12_evaluation.ipynb #88a5b9a1
 _SCORED = ("dataset", "val_split_ratio", "image_column", "label_column", "on_bad_image",
-           "num_workers")
+           "num_workers", "cache_features", "cache_dir")
 _OTHERS = ("split", "batch_size", "model_name")
 
 
@@ -58,7 +66,7 @@ def evaluate(
     split: str | None = None,       # None: the run's validation images, or everything
     batch_size: int = 32,
     model_name: str | None = None,  # the backbone, if it has moved or is not named
-    **values: Any,                  # of `DataArguments`; `dataset` may be a `Dataset`
+    **values: Any,  # settings of data, where features are kept; `dataset` as an object
 ) -> Evaluation:
     "Score a checkpoint: on its run's validation images, or on another dataset."
     check_names(values, [*_SCORED, *_OTHERS], "a setting of evaluate")
@@ -69,19 +77,22 @@ def evaluate(
     classifier = checkpoint
     if not isinstance(checkpoint, Classifier):
         classifier = load_classifier(checkpoint, model_name=model_name)
-    data, same = _choose_dataset(values, classifier.config)
+    settings, same = _choose_dataset(values, classifier.config)
+    data = settings.data
     splits = load_labelled_splits(data, notes := [], own)
     if own is not None and same: same = None  # both have no name to compare
     chosen = choose_rows(classifier, splits, same, split, share)
-    scores = evaluate_classifier(classifier, splits, chosen.rows, batch_size,
-                                 data.on_bad_image, data.num_workers)
-    return Evaluation(scores, classifier.class_names, chosen, notes + chosen.notes)
+    notes += chosen.notes
+    scores = evaluate_classifier(
+        classifier, splits, chosen.rows, batch_size, data.on_bad_image,
+        data.num_workers, settings.features, notes)
+    return Evaluation(scores, classifier.class_names, chosen, notes)
 
 # %% ../nbs/12_evaluation.ipynb #8d6f4d59
 def _choose_dataset(
     values: dict,  # settings by name, from `take_own_dataset`
     config: dict,  # of the checkpoint's run; empty for a `save_pretrained` folder
-) -> tuple[DataArguments, bool]:  # where the images are; whether the run used them
+) -> tuple[Settings, bool]:  # where the images are; whether the run used them
     "The dataset that is named, else the one that the checkpoint was trained on."
     known, named = config.get("dataset"), values.get("dataset")
     if named is None and known in (None, "", OWN_DATASET):
@@ -90,7 +101,7 @@ def _choose_dataset(
     same = named is None or known == dataset_in_full(os.fspath(named))
     columns = {name: config[name] for name in ("image_column", "label_column")
                if same and config.get(name)}
-    return make_settings(**{"dataset": known, **columns, **values}).data, same
+    return make_settings(**{"dataset": known, **columns, **values}), same
 
 # %% ../nbs/12_evaluation.ipynb #18a4e5ff
 def _find_held_out(
@@ -226,8 +237,8 @@ def _labelled_rows(
     classifier: Classifier,
     splits: dict,                        # {name: `LabelledSplit`}
     rows: dict[str, np.ndarray] | None,  # {split: row numbers}; None: all with a label
-) -> torch.utils.data.Dataset:           # its labels count as the classifier does
-    "The images to score, one split after another."
+) -> list[ImageRows]:                    # their labels count as the classifier does
+    "The images to score, split by split."
     names, parts = classifier.class_names, []
     for name in splits if rows is None else rows:
         split = splits[name]
@@ -235,9 +246,46 @@ def _labelled_rows(
         part = split.rows(numbers)
         part.labels = _match_labels(names, split.class_names, part.labels)
         parts.append(part)
-    return torch.utils.data.ConcatDataset(parts)
+    return parts
 
+# %% ../nbs/12_evaluation.ipynb #0f0bf86a
+def _join_features(
+    parts: list[Features],
+) -> Features:
+    "The features of several splits, one after another."
+    tables, places, unread = [], [], {}
+    rows = images = 0
+    for part in parts:
+        places.append(torch.where(part.places < 0, -1, part.places + rows))
+        unread |= {row + images: reason for row, reason in part.unread.items()}
+        tables += part.tables
+        rows, images = rows + sum(map(len, part.tables)), images + len(part)
+    return Features(tables, torch.cat(places), unread)
 
+# %% ../nbs/12_evaluation.ipynb #6f321893
+def _kept_loader(
+    classifier: Classifier,
+    parts: list[ImageRows],
+    how: PassOptions,  # batch size, workers, bad images
+    features: FeatureArguments | None,
+    notes: list[str],  # gets a line if features cannot be kept
+) -> DataLoader | None:  # None: they are not kept
+    "Batches of kept features, in the order of the images."
+    cache, found = open_kept(classifier, how, features), []
+    if cache is None: return None
+    try:
+        for part in parts:
+            names = name_images(part.split, part.image_column)
+            found.append(open_split(cache, part, names).fill())
+    except (BadImage, ReadError): raise
+    except (UserError, OSError) as error:
+        notes.append(f"scored without kept features: {error}")
+        return None
+    labels = torch.from_numpy(np.concatenate([part.labels for part in parts]))
+    pool = classifier.model.config.pool
+    return feature_loader(_join_features(found), labels, pool, how.batch_size)
+
+# %% ../nbs/12_evaluation.ipynb #b2a175ab
 def evaluate_classifier(
     classifier: Classifier,
     splits: dict,                    # {name: `LabelledSplit`}
@@ -245,13 +293,21 @@ def evaluate_classifier(
     batch_size: int = 32,
     on_bad_image: str = "stop",      # or "skip"
     num_workers: int | None = None,  # None: found from the number of images
+    features: FeatureArguments | None = None,  # where they are kept; None: the run's
+    notes: list[str] | None = None,  # gets a line if features cannot be kept
 ) -> Scores:                         # recall in the order of the classifier's classes
     "Loss, top-1, top-5 and per-class recall."
     check_range("batch_size", batch_size, 1)
-    images = _labelled_rows(classifier, splits, rows)
+    parts = _labelled_rows(classifier, splits, rows)
     accelerator = make_accelerator(TrainArguments(mixed_precision="no"))
-    collator = Collator(classifier.processor, on_bad_image)
-    loader = make_loader(images, collator, batch_size, None, num_workers)
     model = classifier.model.to(accelerator.device)
+    how = PassOptions(
+        batch_size=batch_size, num_workers=num_workers, on_bad_image=on_bad_image)
+    notes = [] if notes is None else notes
+    loader = _kept_loader(classifier, parts, how, features, notes)
+    if loader is None:
+        collator = Collator(processor_of_run(classifier), on_bad_image)
+        images = ConcatDataset(parts)
+        loader = make_loader(images, collator, batch_size, None, num_workers)
     with autocast_for(classifier):
-        return score(*collect_logits(model, accelerator.prepare(loader), accelerator))
+        return score(*collect_logits(model, share_batches(loader, accelerator), accelerator))

@@ -8,13 +8,15 @@ __all__ = ['Collator', 'RangesSeen', 'what_to_do', 'ImageRows', 'crop_flip', 'Ep
 
 # %% ../nbs/01_images.ipynb #d4f2f7b5
 import hashlib
-import io
 import math
 import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from .contents import parts_of
 from .core import UserError
 from .pictures import BadImage, ReadError, open_image
 
@@ -118,6 +121,11 @@ class ImageRows(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict:
         image = self.split[int(row)][self.image_column]
         return {"image": image, "label": int(self.labels[row]), "row": int(row)}
+
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        images, labels = self.split[rows][self.image_column], self.labels[rows].tolist()
+        return [{"image": image, "label": label, "row": int(row)}
+                for image, label, row in zip(images, labels, rows)]
 
 
 def _undecoded(
@@ -222,43 +230,66 @@ def make_loader(
                         pin_memory=torch.cuda.is_available(), **options)
 
 # %% ../nbs/01_images.ipynb #8d57dbef
+_THREADS = 8  # files that are read at once: a disk or a network has answers in parallel
+
 def image_ids(
     rows: ImageRows,
 ) -> np.ndarray:     # (images,) int64
     "One identity for each image, which it keeps when it is moved, renamed or copied."
-    batches = rows.split.with_format("arrow").iter(256)
-    ids = [_identify(image) for batch in batches
-           for image in batch[rows.image_column].to_pylist()]
+    ids, waiting = [], deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for batch in rows.split.with_format("arrow").iter(256):
+            waiting.append(pool.submit(_identify_all, batch[rows.image_column]))
+            if len(waiting) > 2 * _THREADS: ids += waiting.popleft().result()
+        for left in waiting: ids += left.result()
     return np.array(ids, np.int64)
 
 
+def _identify_all(
+    images: Any,  # (images,) undecoded, a column of Arrow
+) -> list[int]:   # one for each
+    "The identities of a few images, without a copy of what their files hold."
+    return [_identify(data, path) for chunk in images.chunks
+            for data, path in parts_of(chunk)]
+
+# %% ../nbs/01_images.ipynb #34990d13
 def _identify(
-    image: Any,  # undecoded
-) -> int:        # signed, 64 bits
+    data: Any,  # the whole file, as bytes or a buffer; None: it is in `path`
+    path: Any,  # of the file
+) -> int:       # signed, 64 bits
     "One number for an image's content; where its file is missing, its path has to do."
-    data, path = _bytes_and_path(image)
-    if data is not None: return _content_id(io.BytesIO(data), len(data))
+    if data is not None:
+        view = memoryview(data)
+        return _content_id(lambda start, count: view[start:][:count], len(view))
     try:
         with open(path, "rb") as file:
-            return _content_id(file, os.fstat(file.fileno()).st_size)
+            return _content_id(partial(_read_at, file), os.fstat(file.fileno()).st_size)
     except (OSError, TypeError, ValueError):
-        name = b"path " + os.fsencode(str(path))
-        return _content_id(io.BytesIO(name), len(name))
+        return _identify(b"path " + os.fsencode(str(path)), None)
+
+
+def _read_at(
+    file: Any,          # open for reading bytes
+    start: int,         # the first byte
+    count: int | None,  # how many; None: all that follow
+) -> bytes:
+    "Part of a file."
+    if start: file.seek(start)
+    return file.read(count)
 
 
 def _content_id(
-    file: Any,  # open for reading bytes
-    size: int,  # of the file, bytes
-) -> int:       # signed, 64 bits
+    read: Callable,  # (start, count) -> as many bytes from there on; None: all
+    size: int,       # of the file, bytes
+) -> int:            # signed, 64 bits
     "A hash of a file: all of it up to 64 kB, beyond that 16 blocks and the size."
-    digest, block = hashlib.blake2b(digest_size=8), 4096
-    if size <= 16 * block: digest.update(file.read())
+    block = 4096
+    if size <= 16 * block: content = read(0, None)
     else:
-        digest.update(str(size).encode())
-        for i in range(16):
-            file.seek(i * (size - block) // 15)
-            digest.update(file.read(block))
-    return int.from_bytes(digest.digest(), "big", signed=True)
+        parts = [read(i * (size - block) // 15, block) for i in range(16)]
+        content = b"".join([str(size).encode(), *parts])
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 # %% ../nbs/01_images.ipynb #cd8ea4c6
 _GUARD = ("The script starts worker processes, which read it again from its top: put "

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from .core import TrainArguments, UserError
+from .processes import join_on_cpu, refuse_other_shards
 from .quantization import cpu_has_bfloat16, quantized_layers
 
 from bitsandbytes.optim import AdamW8bit  # here, since the line above turns a warning of it off
@@ -86,10 +87,15 @@ def make_accelerator(
     tracker: str | None = None,  # "trackio", "tensorboard" or "wandb"; None: no curves
 ) -> Accelerator:
     "The device and the arithmetic of one run."
-    device_type = Accelerator().device.type
-    AcceleratorState._reset_state()  # a second run may want another precision
+    cpu = join_on_cpu()
+    sharded = PartialState(cpu=cpu).distributed_type == DistributedType.FSDP
+    AcceleratorState._reset_state(sharded)  # a second run may want another precision
+    device_type = PartialState(cpu=cpu).device.type
     precision = choose_precision(arguments.mixed_precision, device_type, quantized)
     folder = arguments.checkpoint_dir
     places = ProjectConfiguration(folder, logging_dir=f"{folder}/tensorboard")
-    return Accelerator(
-        mixed_precision=precision, log_with=tracker, project_config=places)
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=precision, log_with=tracker, project_config=places)
+    refuse_other_shards(accelerator)
+    if accelerator.is_fsdp2: accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return accelerator

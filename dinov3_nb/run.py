@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from .backbone import load_processor
+from dinov3_nb.best_head import (
+    choose_folder, probe_settings, probe_sides, save_best_head, suggest_probe, take_readable,
+)
 from .cache import kept_features
 from .catalogue import resolve_model_name
 from dinov3_nb.checkpoint import (
@@ -29,12 +33,12 @@ from dinov3_nb.core import (
 from dinov3_nb.data import (
     PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset, take_own_dataset,
 )
-from .features import Features, PassOptions
+from .features import Features, PassOptions, extract_features
 from .files import load_weights
 from .images import refuse_in_spawned_import
 from .model import build_classifier
 from .optimizer import make_accelerator
-from .probe import ProbeResult, find_learning_rate, probe_features
+from .probe import ProbeResult, find_learning_rate, probe_features, probe_lines
 from dinov3_nb.quantization import (
     count_parameters, memory_lines, peak_memory, quantization_config,
 )
@@ -58,14 +62,14 @@ def train(
     tracker = choose_tracker(settings.training)
     accelerator = make_accelerator(
         settings.training, settings.quantization.use_4bit, tracker)
-    if not accelerator.is_local_main_process: log = log or (lambda line: None)
-    log = log or _print_line
+    log = _choose_log(log, accelerator)
     _check_start(settings, accelerator, start, log)
-    loaded = load_all(settings, dataset)
+    loaded, known = load_all(settings, dataset), None
     if start:
-        check_same_run(start, loaded.data, loaded.model)
+        known = check_same_run(start, loaded.data, loaded.model)
         load_weights(loaded.model, start["model_state_dict"])
-    loaded.model.to(accelerator.device)
+    if settings.model.freeze_backbone or not accelerator.is_fsdp2:
+        loaded.model.to(accelerator.device)  # else shards go there, one by one
     if start and is_complete(start):
         return _finished_state(settings, loaded.model, accelerator, start, log)
     for line in _opening_lines(settings, loaded, accelerator): log(line)
@@ -73,18 +77,23 @@ def train(
         log(f"Going on from step {start['step']:,}, "
             f"best accuracy so far {start['best_acc']:.2%}")
     folder = Path(settings.training.checkpoint_dir)
-    if accelerator.is_main_process: open_folder(settings.training)
-    loaders, settings = _open_loaders(settings, loaded, accelerator, start, log)
+    if accelerator.is_main_process: open_folder(folder)
+    loaders, settings, features = _open_loaders(
+        settings, loaded, accelerator, start, log)
+    config |= {"num_processes": accelerator.num_processes}
     if config["learning_rate"] == "auto":
         config |= {"found_learning_rate": settings.training.learning_rate}
     config |= name_run(settings.training, start)
-    save = checkpoint_saver(folder, config, loaded.data, loaded.processor)
+    save = checkpoint_saver(folder, config, loaded.data, loaded.processor, known)
     with track_run(accelerator, settings.training, config) as track:
         state = fit(loaded.model, *loaders, settings.training, accelerator, start,
                     save, track, log)
     if peak := peak_memory():
         log(f"CUDA memory, peak of the run: {peak / 1e6:,.1f} MB (measured)")
     log(f"Done: best accuracy {state.best_acc:.2%}, {folder / 'best.pt'}")
+    if features and accelerator.is_main_process:
+        advice = suggest_probe(settings, features, loaded.data, state.best_acc)
+        if advice: log(advice)
     return state
 
 # %% ../nbs/15_run.ipynb #9638f359
@@ -145,8 +154,10 @@ def _opening_lines(
     batches = training.gradient_accumulation_steps * accelerator.num_processes
     steps = math.ceil(len(data.train) / (training.batch_size * batches))
     precision = accelerator.mixed_precision.replace("no", "float32")
+    count = accelerator.num_processes
+    together = f", one of {count} processes" if count > 1 else ""
     return [
-        f"Device: {accelerator.device}, precision {precision}",
+        f"Device: {accelerator.device}{together}, precision {precision}",
         f"Dataset: {settings.data.dataset}, {len(data.class_names)} classes",
         *(f"  {note}" for note in data.notes),
         _model_line(settings.model),
@@ -168,31 +179,30 @@ def open_features(
     splits = {name: loaded.data.rows(name) for name in ("train", "validation")}
     options = PassOptions(
         settings.features.preprocess, precision, settings.features.compile,
-        settings.data.num_workers, settings.data.on_bad_image)
+        settings.data.num_workers, settings.data.on_bad_image,
+        kept_as=settings.features.feature_dtype)
     folder, backbone = cache_folder(settings.features), loaded.model.backbone
-    return kept_features(backbone, splits, loaded.processor, options, folder, log)
-
-# %% ../nbs/15_run.ipynb #40fe0475
-def _readable(
-    features: Features,  # of the split
-    labels: Any,         # of the split, (images,) int64 array
-) -> tuple[list[int], torch.Tensor]:  # rows that were read; their labels, (rows,) int64
-    "What there is to learn from."
-    read = [row for row in range(len(labels)) if row not in features.unread]
-    return read, torch.as_tensor(labels, dtype=torch.int64)[read]
+    if settings.features.cache_features == "never":  # a probe, which needs them now
+        return {name: extract_features(backbone, rows, loaded.processor, options, name, log)
+                for name, rows in splits.items()}
+    return kept_features(backbone, splits, loaded.processor, options, folder, log,
+                         settings.features.cache_limit)
 
 # %% ../nbs/15_run.ipynb #7f7e78f9
 def _find_rate(
     settings: Settings,
     features: Features,  # of the training split
     data: PreparedDataset,
+    accelerator: Accelerator,
     log: Callable[[str], None],
-) -> float:
+) -> float:  # the same in all processes
     "The best of a bank of learning rates."
-    read, labels = _readable(features, data.labels["train"])
-    rate, lines = find_learning_rate(
-        features.pool(settings.model.pool)[read], labels, len(data.class_names),
-        settings.training, PartialState().num_processes)
+    found = [None]
+    if accelerator.is_main_process:
+        known = take_readable(features, data.labels["train"], settings.model.pool)
+        found = [find_learning_rate(*known, len(data.class_names), settings.training,
+                                    accelerator.num_processes, accelerator.device)]
+    rate, lines = broadcast_object_list(found)[0]
     for line in lines: log(line)
     return rate
 
@@ -203,20 +213,21 @@ def _open_loaders(
     accelerator: Accelerator,  # for the precision
     start: dict | None,        # the checkpoint that a resumed run goes on from
     log: Callable[[str], None],
-) -> tuple[tuple, Settings]:   # loaders; settings with a number for the rate
+) -> tuple[tuple, Settings, dict | None]:  # loaders; with a number for the rate; kept
     "Batches of kept features where features are fixed, of images otherwise."
     data, training = loaded.data, settings.training
     if not features_are_fixed(settings):
         loaders = make_loaders(data, loaded.processor, settings.data, training,
                                settings.features.preprocess)
-        return loaders, settings
+        return loaders, settings, None
     features = open_features(settings, loaded, accelerator.mixed_precision, log)
     if training.learning_rate == "auto":
         if start: rate = start["scheduler_state_dict"]["base_lrs"][0]
-        else: rate = _find_rate(settings, features["train"], data, log)
+        else: rate = _find_rate(settings, features["train"], data, accelerator, log)
         settings = replace(settings, training=replace(training, learning_rate=rate))
     pool, training = settings.model.pool, settings.training
-    return make_feature_loaders(data, features, pool, training), settings
+    loaders = make_feature_loaders(data, features, pool, training)
+    return loaders, settings, features
 
 # %% ../nbs/15_run.ipynb #54c09b7b
 def _check_start(
@@ -225,13 +236,24 @@ def _check_start(
     start: dict | None,  # the checkpoint that a resumed run goes on from
     log: Callable[[str], None],
 ) -> None:
-    "Stop at what several processes cannot do; say where no run is to be resumed."
-    if accelerator.num_processes > 1 and settings.data.on_bad_image == "skip":
-        raise UserError("--on_bad_image skip needs a single process: with several, "
-                        "batches of unequal size would wait for each other.")
-    if settings.training.resume and not start:
+    "Stop at another number of processes; say where there is no run to resume."
+    if start: _check_processes(start, accelerator.num_processes)
+    elif settings.training.resume:
         log("--resume found nothing to go on from in "
             f"{settings.training.checkpoint_dir}: starting afresh")
+
+
+def _check_processes(
+    start: dict,  # the checkpoint to go on from; an older one does not name its number
+    now: int,     # processes
+) -> None:
+    "Refuse to go on with another number of processes."
+    then = start["config"].get("num_processes", now)
+    if then == now: return
+    many = f"{then} processes" if then > 1 else "1 process"
+    raise UserError(f"--resume would continue another run: it was started with {many}, "
+                    f"now {now}. Give the same number to accelerate launch or "
+                    "torchrun, or start a new run in another --checkpoint_dir.")
 
 
 def _finished_state(
@@ -257,33 +279,37 @@ def _print_line(
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
+# %% ../nbs/15_run.ipynb #8ab1b189
+def _choose_log(
+    log: Callable[[str], None] | None,  # as given; None: print
+    accelerator: Accelerator,
+) -> Callable[[str], None]:
+    "The log that was given, or the screen; of several processes one speaks."
+    if log: return log
+    return _print_line if accelerator.is_local_main_process else lambda line: None
+
 # %% ../nbs/15_run.ipynb #116c2a18
-_PROBED = ("model_name", "revision", "image_size", "mixed_precision", "seed")
-
-
 def probe(
     *parts: Any,    # a `Settings`, or any of its five parts
-    log: Callable[[str], None] = print,  # for what the dataset consists of
+    checkpoint_dir: str | Path | None = None,  # for `best.pt`; None: save nothing
+    overwrite: bool = False,                   # replace what that folder holds
+    log: Callable[[str], None] | None = None,  # None: print, on the main process only
     **values: Any,  # settings by name; `dataset` may be a `Dataset` of your own
 ) -> list[ProbeResult]:  # by method, then by pool
-    "Load data and backbone, get the features, and try every method on them."
+    "Try every method on the features, and save the best head if you say where."
     settings, dataset = _read_settings(parts, values)
-    steered = [*vars(settings.data), *vars(settings.quantization), *vars(settings.features)]
-    idle = values.keys() & settings.flat().keys() - {*steered, *_PROBED}
-    if idle:
-        raise UserError(f"{min(idle)!r} does nothing for a probe: leave it out.")
-    if settings.data.augment != "none":
-        raise UserError("--augment does nothing for a probe: leave it out.")
+    settings = probe_settings(settings, values)
+    folder = choose_folder(checkpoint_dir, overwrite)
     accelerator = make_accelerator(settings.training, settings.quantization.use_4bit)
-    loaded = load_all(settings, dataset)
+    log, loaded = _choose_log(log, accelerator), load_all(settings, dataset)
     for note in loaded.data.notes: log(note)
+    if folder: open_folder(folder)
     loaded.model.to(accelerator.device)
     features = open_features(settings, loaded, accelerator.mixed_precision, log)
-    sides = []
-    for name in ("train", "validation"):
-        labels = loaded.data.labels[name]
-        read, truth = _readable(features[name], labels)
-        rows = read if len(read) < len(labels) else slice(None)  # all: no copy
-        pools = ("cls", "cls_mean")
-        sides += [{pool: features[name].pool(pool)[rows] for pool in pools}, truth]
-    return probe_features(*sides, len(loaded.data.class_names), settings.training.seed)
+    sides = probe_sides(features, loaded.data)
+    results = probe_features(*sides, len(loaded.data.class_names),
+                             settings.training.seed, device=accelerator.device)
+    if folder and accelerator.is_main_process:
+        for line in probe_lines(results): log(line)
+        log(save_best_head(folder, results, settings, loaded, sides))
+    return results

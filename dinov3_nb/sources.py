@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -22,9 +23,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from .core import DataArguments, UserError
-from .pictures import describe_left_out, list_image_files
+from .pictures import describe_left_out, list_image_names
 from dinov3_nb.tables import (
-    Columns, anchor_paths, find_column, find_metadata, read_metadata, read_table, shorten,
+    Columns, anchor_paths, find_column, find_metadata, normalize_paths, path_dataset,
+    read_metadata, read_table, shorten,
 )
 
 # %% ../nbs/02_sources.ipynb #bf1c00dd
@@ -156,12 +158,12 @@ def _visible_folders(
 # %% ../nbs/02_sources.ipynb #b8cf36ca
 def _check_class_folders(
     folder: Path,                   # holds one folder per class
-    places: list[tuple[str, ...]],  # (images,) its folders from there on and its name
+    places: list[tuple[str, ...]],  # of each folder with images: its path from there on
     notes: list[str],               # lines for the log
 ) -> list[str]:                     # the classes that have images
     "Folders that all hold the same folders are an error: which are the classes?"
     inside = {}
-    for names in places: inside.setdefault(names[0], set()).update(names[1:-1][:1])
+    for names in places: inside.setdefault(names[0], set()).update(names[1:2])
     same = set.intersection(*inside.values()) if len(inside) > 1 else []
     if len(same) > 1:
         raise UserError(
@@ -178,32 +180,46 @@ def _check_class_folders(
     return sorted(inside)
 
 # %% ../nbs/02_sources.ipynb #3d12e078
+def _find_unwritable(
+    start: str,        # a folder's path, with the slash behind it
+    names: list[str],  # of images in it
+) -> list[str]:        # those whose path is no UTF-8, in the same order
+    "Names that a table of paths cannot hold."
+    together = start + "".join(names)
+    if together.isascii() or writable(together) == together: return []
+    return [name for name in names if writable(start + name) != start + name]
+
+
 def _read_class_folders(
     folder: Path,       # holds one folder per class
     notes: list[str],   # lines are added for what is left out
 ) -> datasets.Dataset:  # image (paths, always in the same order), label (folder names)
     "A folder of class folders as a dataset; no image is opened or copied."
-    files, others = list_image_files(folder)
-    labelled, loose, unwritable = [], [], []
-    for file in files:
-        path, names = str(file), file.parts[len(folder.parts):]
-        if not path.isascii() and writable(path) != path: unwritable.append(names[-1])
-        elif len(names) > 1: labelled.append((path, names))
-        else: loose.append(path)
-    full = _check_class_folders(folder, [names for _, names in labelled], notes)
+    found, others = list_image_names(folder)
+    places, counts, paths, loose, unwritable = [], [], [], 0, []
+    for place, names in found.items():
+        start = str(Path(place) / "x")[:-1]  # ends in a slash, or is empty
+        inside = Path(place).parts[len(folder.parts):]
+        odd = _find_unwritable(start, names)
+        unwritable += odd
+        if odd: names = [name for name in names if name not in set(odd)]
+        if not inside: loose += len(names)
+        elif names:
+            places.append(inside)
+            counts.append(len(names))
+            paths += [start + name for name in names]
+    full = _check_class_folders(folder, places, notes)
     lines = _describe_unused(folder, others, loose, unwritable, full)
     notes += [writable(f"{folder.name}: {line}") for line in lines if line]
-    table = {"image": [{"bytes": None, "path": path} for path, _ in labelled],
-             "label": [names[0] for _, names in labelled]}
-    features = datasets.Features(
-        image=datasets.Image(decode=False), label=datasets.Value("string"))
-    return datasets.Dataset.from_dict(table, features)
+    classes = pa.array([inside[0] for inside in places], pa.string())
+    labels = classes.take(np.repeat(np.arange(len(counts)), counts))
+    return path_dataset(pa.array(paths, pa.string()), labels, Columns("image", "label"))
 
 
 def _describe_unused(
     folder: Path,
     others: dict[str, int],  # endings of files that are no images, and how many
-    loose: list[str],        # images in no class folder
+    loose: int,              # images in no class folder
     unwritable: list[str],   # names that are no UTF-8
     full: list[str],         # classes with images
 ) -> list[str]:              # some may be empty
@@ -211,7 +227,7 @@ def _describe_unused(
     places = _visible_folders(folder) if full else []
     empty = [place.name for place in places if place.name not in full]
     lines = [describe_left_out(others)]
-    if loose: lines.append(f"images left out, in no class folder: {len(loose):,}")
+    if loose: lines.append(f"images left out, in no class folder: {loose:,}")
     if unwritable:
         lines.append(f"images left out because their names are not UTF-8: "
                      f"{len(unwritable):,} ({shorten(unwritable)})")
@@ -236,22 +252,32 @@ def _read_listed(
         if as_text: split = split.cast_column(label, datasets.Value("string"))
         found[number] = split
     joined = datasets.concatenate_datasets(found)
-    notes += _note_unlisted(folder, joined[image], files[0].name)
+    notes += _note_unlisted(folder, _listed_paths(joined), files[0].name)
     return joined
 
 
+def _listed_paths(
+    listed: datasets.Dataset,  # images and labels; the images are paths
+) -> pa.ChunkedArray:          # (images,) text
+    "The paths of a dataset as a column."
+    image = listed.column_names[0]
+    column = listed.select_columns(image).with_format("arrow")[:][image]
+    return pc.struct_field(column, "path")
+
+
 def _note_unlisted(
-    folder: Path,       # of the pictures
-    images: list[dict], # that are listed, {"bytes", "path"} each
-    name: str,          # of the metadata file
-) -> list[str]:         # a line for the log, if there is something to say
+    folder: Path,             # of the pictures
+    paths: pa.ChunkedArray,   # (images,) of those that are listed
+    name: str,                # of the metadata file
+) -> list[str]:               # a line for the log, if there is something to say
     "Pictures that lie there unlisted; if all do, the list is of something else."
-    listed = {os.path.normpath(image["path"]) for image in images}
-    files = {os.path.abspath(file) for file in list_image_files(folder)[0]}
+    listed, found = set(normalize_paths(paths).to_pylist()), list_image_names(folder)[0]
+    starts = {place: os.path.abspath(os.path.join(place, "x"))[:-1] for place in found}
+    files = {starts[place] + name for place in found for name in found[place]}
     if files and listed and not files & listed:
         raise UserError(
             f"{name} lists none of the pictures in {writable(folder)!r}, but others, "
-            f"such as {writable(images[0]['path'])!r}: its paths should count from "
+            f"such as {writable(paths[0].as_py())!r}: its paths should count from "
             f"where it lies.")
     without = len(files - listed)
     line = f"{folder.name}: images left out, not listed in {name}: {without:,}"
@@ -265,10 +291,10 @@ def _split_by_folder(
 ) -> dict[str, datasets.Dataset]:
     "Images that one metadata file lists for all splits, by the folder of each."
     start = len(os.path.abspath(folder)) + 1
-    images = listed[listed.column_names[0]]
-    paths = [os.path.normpath(image["path"]) for image in images]
-    tops = np.array([path[start:].split(os.sep)[0] for path in paths])
-    rows = {name: np.flatnonzero(tops == name) for name in names}
+    paths = normalize_paths(_listed_paths(listed))
+    inside = pc.utf8_slice_codeunits(paths, start)
+    tops = pc.list_element(pc.split_pattern(inside, os.sep, max_splits=1), 0)
+    rows = {name: np.flatnonzero(pc.equal(tops, writable(name))) for name in names}
     return {name: listed.select(found) for name, found in rows.items() if len(found)}
 
 # %% ../nbs/02_sources.ipynb #22e36a59
@@ -328,7 +354,7 @@ def _holds_images(
     place: Path,
 ) -> bool:
     "Whether images lie directly in this folder."
-    return any(file.parent == place for file in list_image_files(place)[0])
+    return any(Path(found) == place for found in list_image_names(place)[0])
 
 # %% ../nbs/02_sources.ipynb #894e0d86
 def _find_root(

@@ -7,26 +7,33 @@ __all__ = ['train_step', 'fit', 'TrainingState', 'begin_run', 'collect_logits', 
            'make_feature_loaders']
 
 # %% ../nbs/10_training.ipynb #a0072166
+import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .core import DataArguments, TrainArguments, UserError
 from .data import PreparedDataset
-from .features import FastProcessor, Features, feature_loader
+from .features import feature_loader, Features
+from .decoding import FastProcessor
 from .images import Collator, EpochSampler, explain_lost_workers, make_loader
 from .optimizer import make_accelerator, make_optimizer, make_scheduler
+from dinov3_nb.processes import (
+    logits_of_all, share_batches, shard_averages, sum_over_processes, whole_tensors,
+)
 from .quantization import quantized_layers
 
 # %% ../nbs/10_training.ipynb #a91e2956
@@ -59,10 +66,14 @@ def _groups_of(
 # %% ../nbs/10_training.ipynb #fb83f992
 def _model_inputs(
     batch: dict,  # of either kind of loader
-) -> dict:        # for the model's forward
-    "Features where the batch has them, pixels otherwise."
+) -> dict:        # for the model's forward: features or pixels, and labels
+    "What the model takes; in place of no images a blank one, of class 0."
     name = "features" if "features" in batch else "pixel_values"
-    return {name: batch[name]}
+    values, labels = batch[name], batch["labels"]
+    if not len(labels):
+        values = values.new_zeros(1, *values.shape[1:])
+        labels = labels.new_zeros(1)
+    return {name: values, "labels": labels}
 
 
 def _step_optimizer(
@@ -78,22 +89,35 @@ def _step_optimizer(
 
 def train_step(
     model: nn.Module,
-    batches: list[dict],  # made into one step; unread images are not in them
+    batches: list[dict],  # of this process; unread images are not in them
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-) -> tuple[torch.Tensor, int, bool]:  # summed loss, images, False: step skipped
+) -> tuple[torch.Tensor, int, bool]:  # our summed loss, all images, False: skipped
     "Forward, loss, backward for each batch, then one step of the optimizer."
-    loss_sum, stepped = torch.zeros((), device=accelerator.device), True
-    total = sum(len(b["labels"]) for b in batches)
-    for batch in batches:
-        count = len(batch["labels"])
-        if not count: continue
-        loss = model(**_model_inputs(batch), labels=batch["labels"]).loss
-        accelerator.backward(loss * (count / total))
+    loss_sum = torch.zeros((), device=accelerator.device)
+    processes = accelerator.num_processes
+    counts = [len(batch["labels"]) for batch in batches]
+    total = sum_over_processes(sum(counts), accelerator)
+    if not total: return loss_sum, 0, True
+    for batch, count in zip(batches, counts):
+        with accelerator.autocast(): loss = model(**_model_inputs(batch)).loss
+        accelerator.backward(loss * (processes * count / total))
         loss_sum += loss.detach() * count
-    if total: stepped = _step_optimizer(optimizer, accelerator.scaler)
+    stepped = _step_optimizer(optimizer, accelerator.scaler)
     optimizer.zero_grad()
     return loss_sum, total, stepped
+
+
+def _order_buckets(
+    model: nn.Module,
+    batch: dict,
+    accelerator: Accelerator,
+) -> bool:  # True: done
+    "A pass that moves nothing, after which processes add up gradients in a fixed order."
+    with accelerator.autocast(): loss = model(**_model_inputs(batch)).loss
+    accelerator.backward(loss * 0.0)
+    model.zero_grad()
+    return True
 
 # %% ../nbs/10_training.ipynb #0aa41d6e
 def fit(
@@ -112,13 +136,14 @@ def fit(
     accelerator = accelerator or make_accelerator(arguments, quantized)
     sampler, collator = train_loader.sampler, train_loader.collate_fn
     steps = _plan_steps(sampler.num_images, arguments, accelerator.num_processes)
-    if accelerator.num_processes > 1: sampler.multiple = steps.images // steps.batches
-    prepared = accelerator.prepare(model)
     state = begin_run(model, arguments, steps.total, accelerator, start)
-    train_batches, held_out = accelerator.prepare(train_loader, validation_loader)
+    prepared = state.prepared
+    train_batches = share_batches(train_loader, accelerator)
+    held_out = share_batches(validation_loader, accelerator)
     report = _Report(arguments, steps, accelerator, save, track, log)
     bar = tqdm(total=steps.total, initial=state.step, unit="step", disable=None,
                leave=False)
+    ordered = accelerator.num_processes == 1
 
     for epoch in range(state.step // steps.per_epoch, arguments.epochs):
         sampler.epoch = collator.epoch = epoch
@@ -126,6 +151,7 @@ def fit(
         state.epoch = epoch + 1
         prepared.train()
         for batches in _groups_of(explain_lost_workers(train_batches), steps.batches):
+            if not ordered: ordered = _order_buckets(prepared, batches[0], accelerator)
             seed = _step_seed(arguments.seed, state.step, accelerator.process_index)
             _seed_step(seed, accelerator.device)
             loss, images, stepped = train_step(
@@ -180,6 +206,8 @@ class TrainingState:
     best_acc: float = -1.0  # best validation accuracy so far, 0 to 1; -1: none yet
     history: list[dict] = field(default_factory=list)  # one entry for each validation
     total_steps: int = 0   # of the whole run
+    prepared: Any = None   # the model as accelerate wrapped it, for several processes
+    whole: Any = None      # a copy of a model that is in shards, for its checkpoints
 
 
 def _restore(
@@ -205,17 +233,36 @@ def begin_run(
     "Optimizer, schedule and counters of a new run, or of one that goes on."
     optimizer = make_optimizer(model, arguments)
     scheduler = make_scheduler(optimizer, total_steps, arguments.warmup_ratio)
-    optimizer = accelerator.prepare(optimizer)
+    shards = accelerator.is_fsdp2 and accelerator.is_main_process
+    whole = copy.deepcopy(model).cpu() if shards else None
+    prepared, optimizer = accelerator.prepare(model, optimizer)
     state = TrainingState(model, optimizer, scheduler, accelerator.scaler)
-    state.total_steps = total_steps
+    state.total_steps, state.prepared, state.whole = total_steps, prepared, whole
+    if start and accelerator.is_fsdp2:
+        averages = shard_averages(start["optimizer_state_dict"], optimizer)
+        start = {**start, "optimizer_state_dict": averages}
     if start: _restore(state, start)
     return state
+
+
+def _whole_state(
+    state: TrainingState,
+    accelerator: Accelerator,
+) -> TrainingState:  # where there are shards, only the main process may use it
+    "A run as it is saved: shards are put together; all processes call it."
+    if not accelerator.is_fsdp2: return state
+    keep = accelerator.is_main_process
+    weights = whole_tensors(state.model.state_dict(), keep)
+    averages = whole_tensors(state.optimizer.state_dict(), keep)
+    if keep: state.whole.load_state_dict(weights)
+    optimizer = SimpleNamespace(state_dict=lambda: averages)
+    return replace(state, model=state.whole, optimizer=optimizer)
 
 # %% ../nbs/10_training.ipynb #74da43bf
 @torch.no_grad()
 def collect_logits(
     model: nn.Module,          # left in the mode it was found in
-    loader: Iterable[dict],
+    loader: Iterable[dict],    # the share of this process, from `share_batches`
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     "Logits (images, num_classes), labels (images,), both on the CPU; unread images."
@@ -224,13 +271,15 @@ def collect_logits(
     logits, labels, unread = [], [], []
     for batch in explain_lost_workers(loader):
         unread += batch["skipped"]
-        if not len(batch["labels"]): continue
-        output = model(**_model_inputs(batch)).logits.float()
-        output, truth = accelerator.gather_for_metrics((output, batch["labels"]))
+        with accelerator.autocast(): output = model(**_model_inputs(batch)).logits
+        output = output.float()
+        ours = output[:len(batch["labels"])], batch["labels"]
+        output, truth = logits_of_all(*ours, accelerator)
         logits.append(output.cpu())
         labels.append(truth.cpu())
     model.train(was_training)
-    if not logits:
+    unread = gather_object(unread)
+    if not any(map(len, labels)):
         raise UserError(f"No validation image could be read; the first: {unread[0]}.")
     return torch.cat(logits), torch.cat(labels), unread
 
@@ -262,7 +311,7 @@ def score(
 
 # %% ../nbs/10_training.ipynb #ad5f1714
 class _Sums:
-    "Loss, images and time since the last validation."
+    "Loss of this process, images of all, and time since the last validation."
     def __init__(self): self.loss, self.images, self.since = 0.0, 0, time.perf_counter()
 
     def add(self, loss: torch.Tensor, images: int) -> None:
@@ -270,9 +319,8 @@ class _Sums:
 
     def over_processes(self, accelerator: Accelerator) -> float:
         "The mean loss over the images of all processes."
-        ours = torch.tensor([self.loss, self.images], device=accelerator.device)
-        everywhere = accelerator.reduce(ours, "sum")
-        return (everywhere[0] / everywhere[1]).item()
+        ours = torch.as_tensor(self.loss, device=accelerator.device)
+        return float(accelerator.reduce(ours, "sum")) / self.images
 
 # %% ../nbs/10_training.ipynb #5a4f28bc
 class _Report:
@@ -291,8 +339,16 @@ class _Report:
         _log_unread(messages, "train", self.unread, self.log)
         if step % 10 == 0 and self.sums.images: self.check_loss(step)
 
-    def check_loss(self, step: int) -> None:
-        _check_finite(float(self.sums.loss) / self.sums.images, step, self.arguments)
+    def check_loss(self, step: int) -> float:
+        "The mean training loss lately; stops a run where it is no number."
+        loss = self.sums.over_processes(self.accelerator)
+        _check_finite(loss, step, self.arguments)
+        return loss
+
+    def share_unread(self) -> None:
+        "Hear of the images that other processes could not read."
+        for split, message in gather_object(sorted(self.unread)):
+            _log_unread([message], split, self.unread, self.log)
 
     def validate(self, state: TrainingState, model: nn.Module, loader: Iterable):
         "Score the model and add a point to the curves."
@@ -300,22 +356,23 @@ class _Report:
         if not sums.images:
             raise UserError("No training image of the last steps could be read, "
                             f"by step {state.step}.")
-        self.check_loss(state.step)
-        train_loss = sums.over_processes(accelerator)
+        train_loss = self.check_loss(state.step)
         scores = score(*collect_logits(model, loader, accelerator))
         training = began - sums.since
         self.seconds["training"] += training
         self.seconds["validation"] += time.perf_counter() - began
         _log_unread(scores.unread, "validation", self.unread, self.log)
+        self.share_unread()
         _check_finite(scores.loss, state.step, self.arguments, "validation")
         figures = dict(
             train_loss=train_loss, val_loss=scores.loss, val_acc=scores.accuracy,
             learning_rate=state.scheduler.get_last_lr()[0],
-            images_per_second=sums.images * accelerator.num_processes / training)
+            images_per_second=sums.images / training)
         is_best = scores.accuracy > state.best_acc
         state.best_acc = max(state.best_acc, scores.accuracy)
         state.history.append(dict(epoch=state.epoch, step=state.step, **figures))
-        if accelerator.is_main_process: self.pass_on(state, figures, is_best)
+        saved = _whole_state(state, accelerator) if self.save else state
+        if accelerator.is_main_process: self.pass_on(saved, figures, is_best)
         self.sums = _Sums()
 
     def pass_on(self, state: TrainingState, figures: dict, is_best: bool) -> None:

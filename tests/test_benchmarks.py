@@ -47,6 +47,18 @@ def test_forward(benchmark):
     assert set(result["preprocess_ms"]) >= {"processor", "fast"}
 
 
+def test_store(benchmark):
+    code, result = benchmark("store", "--rows", 4000, "--random_rows", 100, "--row_bytes", 64)
+    assert code == 0 and set(result["sides"]) == {"store", "SQLite"} and len(result["quarters"]) == 4
+
+
+def test_shared_pass(benchmark):
+    if torch.cuda.is_available(): pytest.skip("gloo on the CPU")
+    code, result = benchmark("shared_pass", "--images", 20, "--repeats", 1, "--model", "toy")
+    assert code == 0 and [sum(run[0]["computed"]) for run in result["runs"].values()] == [20, 20]
+    assert min(result["runs"]["2"][0]["computed"]) > 5
+
+
 def test_startup(benchmark, monkeypatch):
     def run(words, cwd=None, env=None, **named):
         if cwd is None: return forks.REAL_RUN(words, env=env, **named)  # what Python itself asks of the system
@@ -54,6 +66,30 @@ def test_startup(benchmark, monkeypatch):
     monkeypatch.setattr("subprocess.run", run)
     code, result = benchmark("startup", "--repeats", 1)
     assert code == 0 and all(len(values) == 1 for values in result["seconds"].values()) and result["ratio"] > 0
+
+
+def test_prepare(benchmark):
+    code, result = benchmark("prepare", "--rows", 203, "--classes", 7)
+    assert code == 0 and len(result["seconds"]) == 8 and result["arguments"] == {"rows": 203, "classes": 7, "repeats": 1}
+    assert all(len(ways["plain"]) == len(ways["ours"]) == 1 for ways in result["seconds"].values())
+
+
+def test_probes(benchmark):
+    code, result = benchmark("probes", "--dry_run")
+    assert code == 0 and len(result["measured"]) == 10 and len(result["ratio"]) == 2
+    assert {c["kind"] for c in result["computed"]} == {"neighbours", "ridge", "logistic", "bank"}
+    assert all(c["seconds"] > 0 and c["megabytes"] > 0 for c in result["computed"])
+    found = {m["kind"]: m for m in result["measured"] if m["images"] == 1200}
+    assert found["logistic"]["looks"] > 10 and found["ridge"]["looks"] == 0
+    assert abs(found["logistic"]["accuracy"] - found["plain"]["accuracy"]) < 0.05
+
+
+def test_operations_of_a_probe(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from probes import operations
+    assert operations("logistic", 1000, 10, 2, looks=100) == 4 * 10 * 2 * 1000 * 100 + 4 * 100 * 1000
+    assert operations("neighbours", 600, 10, 2) == 2 * 10 * (480 * 120 + 600 * 100)
+    assert operations("bank", 10**6, 10, 2) == 4 * 10 * 2 * 5 * (19 * 10**5 + 10**6)
 
 
 def test_gpu_dry_run_and_the_frozen_run_in_it(benchmark):

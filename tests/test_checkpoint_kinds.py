@@ -172,6 +172,21 @@ def test_resume_starts_where_there_is_nothing_and_ends_where_all_is_done(images,
     with pytest.raises(UserError, match="is a file: name a folder"): find_start(replace(again, checkpoint_dir=str(run.folder / "last.pt")), run.config)
 
 
+def test_a_best_pt_that_cannot_be_read_counts_as_a_run(images, tmp_path):
+    "Only what says that a probe wrote it gets the sentence for a probe; without --resume nothing else is read."
+    run = Run(images, tmp_path / "run")
+    run.step()
+    kept = read_checkpoint(run.folder)
+    with pytest.raises(UserError, match="holds a run already: add --resume"): find_start(run.arguments, run.config)
+    (run.folder / "last.pt").unlink()
+    for content, sentence in ((kept, "holds a run already"), (kept | {"probe": {}}, "holds the best head of a probe")):
+        save_atomically(content, run.folder / "best.pt")
+        with pytest.raises(UserError, match=sentence): find_start(run.arguments, run.config)
+    (run.folder / "best.pt").write_bytes(b"broken")
+    with pytest.raises(UserError, match="holds a run already"): find_start(run.arguments, run.config)
+    assert find_start(replace(run.arguments, overwrite=True), run.config) is None
+
+
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 def test_4bit_fingerprint_is_that_of_the_weights_as_loaded(images, tmp_path, compute):
     "Before and after a pass, whatever type it computes in, for training and resuming; other weights are noticed."

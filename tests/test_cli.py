@@ -64,6 +64,24 @@ def test_evaluate_agrees_with_the_log(finished):
     assert f"val_acc={json.loads(done.stdout)['top1']:.2%}" in log
 
 
+def test_predict_and_evaluate_say_where_features_are_kept(finished, tmp_path):
+    "In the folder that is named, or nowhere; the answers are the same."
+    from dinov3_nb.sources import load_digits_dataset
+    (tmp_path / "pictures").mkdir()
+    for i, row in enumerate(load_digits_dataset()["validation"].select(range(8))): row["image"].save(tmp_path / "pictures" / f"{i}.png")
+    run = finished[0] / "checkpoints_dinov3"
+    for words in (("predict", "--checkpoint", run, "--json", "pictures"), ("evaluate", "--checkpoint", run, "--json", "--val_split_ratio", "0.1")):
+        kept = command(*words, "--cache_dir", words[0], cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+        never = command(*words, "--cache_dir", "nowhere", "--cache_features", "never", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+        assert kept.returncode == never.returncode == 0, (kept.stderr, never.stderr)
+        if words[0] == "evaluate": first, second = (json.loads(done.stdout)["top1"] for done in (kept, never))
+        else: first, second = ([json.loads(line)["labels"][0]["name"] for line in done.stdout.splitlines()] for done in (kept, never))
+        assert first == second
+        assert list((tmp_path / words[0]).rglob("*.index")) and not (tmp_path / "nowhere").exists()
+    wrong = command("predict", "--checkpoint", run, "--cache_features", "often", "pictures", cwd=tmp_path)
+    assert wrong.returncode == 2 and "invalid choice: 'often'" in wrong.stderr
+
+
 def test_a_relative_dataset_is_found_from_another_folder(images, tmp_path):
     "What the checkpoint remembers is the full path, however it was typed."
     base = ("--model_name", "tiny", "--batch_size", "4", "--no_tracking", "--num_workers", "0", "--mixed_precision", "no")
@@ -270,3 +288,27 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     assert over.returncode == 0 and "is complete (270 steps)" in over.stdout
     again = command(*base, "--checkpoint_dir", "cut", cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already" in again.stderr
+
+
+def test_features_are_listed_checked_and_cleared(tmp_path):
+    "A damaged row is found by `verify`, which forgets it, and by nobody else's fault: the next run computes it anew."
+    cache = tmp_path / "cache"
+    def features(*words): return command("features", *words, "--cache_dir", cache, cwd=tmp_path)
+    probed = *TRAIN[1:], "--mixed_precision", "no", "--cache_dir", cache, "--train_split_ratio", "0.2"
+    first = command("probe", *probed, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    whole = features("verify")
+    assert whole.returncode == 0 and ", all whole, in" in whole.stdout.splitlines()[-1], whole
+    largest = max(cache.rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    damaged = features("verify")
+    assert damaged.returncode == 2 and damaged.stderr.startswith("dinov3-nb: 1 of ") and "kept rows were damaged" in damaged.stderr, damaged
+    again = features("verify")
+    assert again.returncode == 0 and "damaged" not in again.stdout, again
+    second = command("probe", *probed, cwd=tmp_path)
+    figures = [[line[:76] for line in done.stdout.splitlines() if "regression" in line] for done in (first, second)]
+    assert figures[0] == figures[1] and len(figures[0]) == 4, figures
+    assert "0 entries" in features("clear", "--older_than", "1").stdout and "removed from" in features("clear").stdout
+    assert "0 entries, 0.0 MB" in features("list").stdout and not any(cache.rglob("*.index"))

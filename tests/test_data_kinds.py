@@ -3,18 +3,21 @@ import json
 import os
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from dinov3_nb.core import DataArguments, UserError
-from dinov3_nb.data import load_and_prepare_dataset, load_labelled_splits, _read_labels
-from dinov3_nb.pictures import open_image
-from dinov3_nb.sources import split_kinds
+from dinov3_nb.data import _check_labels, _cut_validation, _keep_undecoded, _translate_labels, load_and_prepare_dataset, load_labelled_splits, _read_labels
+from dinov3_nb.pictures import IMAGE_ENDINGS, describe_left_out, list_image_files, list_image_names, open_image
+from dinov3_nb.sources import _note_unlisted, _read_class_folders, _split_by_folder, split_kinds, writable
+from dinov3_nb.tables import Columns, _absolute_paths, _as_text, _column_as_text, anchor_paths, normalize_paths, path_dataset, shorten
 
 datasets.disable_progress_bars()
 PICTURE = Image.new("RGB", (4, 4), "orange")
@@ -358,3 +361,190 @@ def test_transforms_are_taken_off_and_nothing_is_copied(change, monkeypatch):
         assert open_image(item["image"], 3).size == (4, 4) and item["label"] == data.labels[name][3]
     buffers = [{chunk.field("bytes").buffers()[2].address for chunk in d.data["image"].chunks} for d in (dataset, data.train)]
     assert buffers[0] == buffers[1]
+
+
+# ---------------------------------------------------------------- whole columns, against a slow plain way
+
+NAMES = ("a.png", "B.PNG", "10.jpg", "2.jpg", "x.y.Jpeg", "caf\u00e9.png", "cafe\u0301.png", "\u7a7a.webp", "odd\udce9.png", "\udcff.jpg", ".hidden.png",
+         "notes.txt", "raw", "ends.", "photo.xcf", "a b.tif", "i\u0307.GIF", "png", "Thumbs.db", "..two.png", "quote'\".bmp")
+CLASSES = ("cat", "Dog", "\u00e9l\u00e9phant", "z 1", "bad\udce8", "10", "2", ".git")
+
+
+def random_tree(root, generator):
+    "Class folders, folders in them, loose files and everything that people leave there."
+    for name in generator.choice(CLASSES, 5, replace=False):
+        place = root / str(name)
+        for deeper in range(generator.integers(0, 3)): place = generator.choice([place, place / f"{deeper} of {writable(name)}"])
+        place.mkdir(parents=True, exist_ok=True)
+        for file in generator.choice(NAMES, generator.integers(0, 9), replace=False): (place / str(file)).touch()
+    for file in generator.choice(NAMES, generator.integers(0, 4), replace=False): (root / str(file)).touch()
+    (root / "linked").mkdir()
+    (root / "linked" / "one.png").symlink_to(root / "nothing.png")
+    return root
+
+
+def plain_class_folders(folder):
+    "Paths, class names and notes, one file after the other."
+    files, others = [], Counter()
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."): continue
+            ending = Path(name).suffix.lower()
+            if ending in IMAGE_ENDINGS: files.append(Path(place) / name)
+            else: others[ending or "no ending"] += 1
+    files.sort(key=lambda path: [*((1, part) for part in path.parts[:-1]), (0, path.name)])
+    rows, loose, odd = [], 0, []
+    for file in files:
+        parts = file.relative_to(folder).parts
+        if writable(file) != str(file): odd.append(file.name)
+        elif len(parts) == 1: loose += 1
+        else: rows.append((str(file), parts[0]))
+    visible = sorted(place.name for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
+    empty = [name for name in visible if name not in dict(map(reversed, rows))] if rows else []
+    lines = [describe_left_out(others), f"images left out, in no class folder: {loose:,}" if loose else "",
+             f"images left out because their names are not UTF-8: {len(odd):,} ({shorten(odd)})" if odd else "",
+             f"class folders without images: {shorten(empty)}" if empty else ""]
+    return files, rows, [writable(f"{folder.name}: {line}") for line in lines if line]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_class_folders_as_one_file_after_the_other_gives_them(tmp_path, seed):
+    root = tmp_path / ("photos" if seed % 5 else "\u7a7a photos")
+    files, rows, expected = plain_class_folders(random_tree(root, np.random.default_rng(seed)))
+    notes = []
+    found = _read_class_folders(root, notes)
+    assert list_image_files(root)[0] == files
+    assert [(image["path"], label) for image, label in zip(found["image"], found["label"])] == rows
+    assert all(image["bytes"] is None for image in found["image"])
+    assert found.features == datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("string"))
+    assert [note for note in notes if "all images are in" not in note] == expected
+
+
+def test_a_folder_named_in_other_ways_has_the_same_paths(tmp_path, monkeypatch):
+    write_folder(tmp_path / "pets", cat=2, dog=1)
+    monkeypatch.chdir(tmp_path / "pets")
+    for name in (".", "../pets", "./"):
+        found = _read_class_folders(Path(name), [])
+        assert [image["path"] for image in found["image"]] == [str(Path(name) / path) for path in ("cat/0.png", "cat/1.png", "dog/0.png")]
+        assert found["label"][:] == ["cat", "cat", "dog"]
+    assert [str(path) for path in list_image_files("./")[0]] == ["cat/0.png", "cat/1.png", "dog/0.png"]
+
+
+def test_nothing_but_names_that_are_no_utf8(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "\udce9.png").touch()
+    notes = []
+    assert len(_read_class_folders(tmp_path, notes)) == 0
+    assert notes == [f"{tmp_path.name}: images left out because their names are not UTF-8: 1 (\\udce9.png)"]
+
+
+def column(values): return pa.chunked_array([pa.array(values[:3], pa.string()), pa.array(values[3:], pa.string())])
+
+
+def plain_absolute_paths(paths, folder):
+    first = next((path for path in paths if path and "\\" in path), None)
+    if first and not os.path.exists(os.path.join(folder, first)): paths = [path and path.replace("\\", "/") for path in paths]
+    found = []
+    for path in paths:
+        full = path and os.path.join(folder, path)
+        if path and not path.isascii() and not os.path.exists(full):
+            spelled = [os.path.join(folder, unicodedata.normalize(form, path)) for form in ("NFC", "NFD")]
+            full = next(filter(os.path.exists, spelled), full)
+        found.append(full)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_absolute_paths_as_one_after_the_other_gives_them(tmp_path, seed):
+    for name in ("cafe\u0301.png", "\u00e9t\u00e9.png", "a\\b.png"): (tmp_path / name).touch()
+    known = [None, "", "a.png", "a/b.png", "/else/c.png", "a\\b.png", "x\\y.png", "caf\u00e9.png", "e\u0301te\u0301.png", "/\u00e9.png", "../up.png", " "]
+    paths = [known[k] for k in np.random.default_rng(seed).integers(0, len(known), 12)]
+    for folder in (tmp_path, Path("/")):
+        assert _absolute_paths(column(paths), folder).to_pylist() == plain_absolute_paths(paths, folder)
+
+
+def test_paths_in_one_spelling_as_the_library_spells_them():
+    generator, parts = np.random.default_rng(0), ("", ".", "..", "a", "b.png", "...", ".x", "..y", "\u00e9.", "z..")
+    paths = ["/" + "/".join(generator.choice(parts, generator.integers(1, 6))) for _ in range(2000)]
+    assert normalize_paths(column(paths)).to_pylist() == [os.path.normpath(path) for path in paths]
+    assert normalize_paths(column(["/a.png", None])).to_pylist() == ["/a.png", None]
+
+
+def test_anchored_paths_beside_bytes(tmp_path):
+    cells = [{"bytes": b"1", "path": "in.png"}, {"bytes": None, "path": "a.png"}, None, {"bytes": None, "path": "/b.png"}, {"bytes": b"", "path": None},
+             {"bytes": None, "path": ""}]
+    feature = datasets.Features(y=datasets.Value("int64"), image=datasets.Image(decode=False), z=datasets.Value("string"))
+    split = datasets.Dataset.from_dict({"y": list(range(6)), "image": cells, "z": list("abcdef")}, feature)
+    found = anchor_paths(split.select([5, 1, 0, 2, 3, 4]), "image", tmp_path)
+    assert found.column_names == ["y", "image", "z"] and found["y"][:] == [5, 1, 0, 2, 3, 4] and found.features == feature
+    as_stored = [cell or {"bytes": None, "path": None} for cell in cells]
+    expected = {number: {**cell, "path": str(tmp_path / "a.png")} if cell["path"] == "a.png" else cell for number, cell in enumerate(as_stored)}
+    assert {row["y"]: row["image"] or as_stored[2] for row in found} == expected
+    rooted = split.select([0, 3, 4, 5])
+    assert anchor_paths(rooted, "image", tmp_path) is rooted  # nothing to do
+    text = datasets.Dataset.from_dict({"image": ["a.png", None, "/b.png"]})
+    assert [image and image["path"] for image in anchor_paths(text, "image", tmp_path)["image"]] == [str(tmp_path / "a.png"), None, "/b.png"]
+    plain = text.select([2])
+    assert anchor_paths(plain, "image", tmp_path) is plain
+
+
+@pytest.mark.parametrize("values", [pa.array([7, None, -1]), pa.array([200], pa.uint8()), pa.array(["007", None, "nan"]), pa.array(["a"], pa.large_string()),
+                                    pa.array([True, None]), pa.array([1.0, 0.5, None]), pa.array([None, None]), pa.array(["x", "y", "x"]).dictionary_encode()])
+def test_columns_of_parquet_as_text(values):
+    assert _column_as_text(pa.chunked_array([values]), "label").to_pylist() == _as_text(values.to_pylist(), "label").to_pylist()
+
+
+def test_a_metadata_parquet_of_no_rows_is_passed_over(tmp_path):
+    write_folder(tmp_path, cat=10, dog=10)
+    pyarrow.parquet.write_table(pa.table({"file_name": pa.array([], pa.string()), "label": pa.array([], pa.string())}), tmp_path / "metadata.parquet")
+    assert any("metadata.parquet is not used: it has no column file_name" in note for note in prepare(tmp_path).notes)
+
+
+def test_listed_pictures_by_split_and_what_is_not_listed(tmp_path, monkeypatch):
+    for name in ("train", "val"): write_folder(tmp_path / name, cat=2)
+    (tmp_path / "train" / "cat" / "odd\udce9.png").touch()
+    written = [f"{tmp_path}/train/cat/0.png", f"{tmp_path}/train/../val/./cat/1.png", f"{tmp_path}/other/cat/1.png", f"{tmp_path}/val"]
+    listed = path_dataset(pa.array(written), pa.array(["x", "y", "z", "w"]), Columns("file", "kind"))
+    splits = _split_by_folder(listed, tmp_path, ["train", "val", "test"])
+    assert {name: split["kind"][:] for name, split in splits.items()} == {"train": ["x"], "val": ["y", "w"]}
+    said = _note_unlisted(tmp_path, column(written), "metadata.csv")
+    assert said == [f"{tmp_path.name}: images left out, not listed in metadata.csv: 3"]
+    monkeypatch.chdir(tmp_path)
+    assert _note_unlisted(Path("train") / ".." / "val", column(written), "metadata.csv") == ["val: images left out, not listed in metadata.csv: 1"]
+    with pytest.raises(UserError, match=r"lists none of the pictures in .*, but others, such as '/a/\.\./0\.png'"):
+        _note_unlisted(tmp_path, column(["/a/../0.png"]), "metadata.csv")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_labels_are_looked_at_as_sets_of_numbers(seed):
+    generator = np.random.default_rng(seed)
+    labels, names = generator.integers(-1, 9, generator.integers(20, 200)), [f"n{k}" for k in range(12)]
+    learn, validate = _cut_validation(labels, seed)
+    assert sorted([*learn, *validate]) == np.flatnonzero(labels >= 0).tolist() and not set(learn) & set(validate)
+    assert (np.diff(learn) > 0).all()
+    absent = [name for k, name in enumerate(names) if k not in labels]
+    assert _check_labels("train", labels, names)[-1] == f"train: no images of {len(absent)} of 12 classes ({shorten(absent)})"
+    assert (_translate_labels(labels, names, names[::-1], "val") == np.where(labels < 0, -1, 11 - labels)).all()
+
+
+def test_class_names_that_stand_twice():
+    split = own([0, 1, 2, 3], datasets.ClassLabel(names=["caf\u00e9", "dog", "cafe\u0301", "ant"]))
+    names, numbers = _read_labels(split, "label")
+    assert names == ["caf\u00e9", "dog", "ant"] and numbers.tolist() == [0, 1, 0, 2]
+
+
+def test_rows_that_are_kept_are_the_rows_that_select_gives(tmp_path):
+    write_folder(tmp_path, all=20)
+    paths = pa.array([f"{tmp_path}/all/{number}.png" for number in range(20)])
+    listed = path_dataset(paths, pa.array(list(range(20))), Columns("file", "kind"))
+    embedded = own(list(range(20)), datasets.Value("int64"))
+    wide = listed.add_column("note", list(range(20)))
+    saved = tmp_path / "saved"
+    listed.save_to_disk(saved)
+    rows = np.array([1, 2, 7, 19])
+    for split, image in ((listed, "file"), (listed.select(range(19, -1, -1)), "file"), (embedded, "image"), (wide, "file"), (datasets.load_from_disk(saved), "file")):
+        undecoded = split.cast_column(image, datasets.Image(decode=False))
+        for wanted in (rows, rows[:0], np.arange(20)):
+            found, expected = _keep_undecoded(split, image, wanted), undecoded.select(wanted)
+            assert found.features == expected.features and found.to_list() == expected.to_list()

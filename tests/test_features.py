@@ -1,4 +1,5 @@
 "One pass: pixels by the quick way and by the usual one, batches that lack images, memory that runs out, notes, odd settings."
+import hashlib
 import io
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -13,13 +14,13 @@ from transformers import DINOv3ViTImageProcessor
 from dinov3_nb.backbone import load_backbone, load_processor
 from dinov3_nb.core import DataArguments, FeatureArguments, UserError
 from dinov3_nb.data import load_and_prepare_dataset
+from dinov3_nb.decoding import FastProcessor, PassCollator, _is_plain_jpeg, decode_image
 from dinov3_nb.features import (
-    FastProcessor, Features, InPieces, PassCollator, PassOptions, _batch_features, _FeatureRows, _is_plain_jpeg,
-    _pass_workers, _waiting_note, _WholeBatch, both_pools, decode_image, extract_features, feature_batches,
-    feature_loader, refuse_unread,
+    Features, InPieces, PassOptions, _FeatureRows, _finish_batch, _pass_size, _pass_workers, _waiting_note, _WholeBatch,
+    both_pools, extract_features, feature_batches, feature_loader, refuse_unread,
 )
 from dinov3_nb.images import Collator, EpochSampler, make_loader
-from dinov3_nb.pictures import BadImage, open_image
+from dinov3_nb.pictures import DECODING_VERSION, BadImage, open_image
 
 FOLDER = Path(sklearn.datasets.__file__).parent / "images"
 CHINA, FLOWER = ((FOLDER / name).read_bytes() for name in ("china.jpg", "flower.jpg"))
@@ -89,11 +90,12 @@ def test_a_batch_can_lack_images(parts):
     for own in (processor, FastProcessor(processor)):
         batch = PassCollator(own)([rows[8], BAD, rows[10]])
         assert batch["read"] == [0, 2] and list(batch["unread"]) == [9]
-        found = _batch_features(forward, batch, own, backbone)
-        assert found.shape == (3, 2, 128) and found[1].abs().max() == 0 and found[0].abs().max() > 0
+        found = _finish_batch(forward, batch, own, backbone)
+        assert found.values.shape == (2, 2, 128) and found.computed.tolist() == [0, 2] and found.rows.tolist() == [8, 9, 10]
+        if own is processor: assert torch.allclose(found.values[:, 0], features.cls[[8, 10]], atol=1e-5)
     assert PassCollator(FastProcessor(processor))([rows[8]])["pixel_values"].dtype == torch.uint8
     empty = PassCollator(processor)([BAD])
-    assert empty["pixel_values"] is None and _batch_features(forward, empty, processor, backbone).abs().max() == 0
+    assert empty["pixel_values"] is None and _finish_batch(forward, empty, processor, backbone).values.shape == (0, 2, 128)
 
 
 def test_memory_that_always_runs_out():
@@ -126,17 +128,41 @@ def test_the_same_features_however_they_are_made(parts, options):
     assert torch.allclose(extract_features(backbone, rows, processor, options).cls, features.cls, atol=1e-5)
 
 
-def test_from_any_row(parts):
+def test_batches_in_order(parts):
     backbone, rows, processor, _, features = parts
-    batches = list(feature_batches(backbone, rows, processor, PassOptions(), start=1400))
-    assert [len(values) for values, _ in batches] == [8, 8, 8, 8, 5]
-    assert torch.allclose(torch.cat([values for values, _ in batches])[:, 0], features.cls[1400:], atol=1e-5)
+    batches = list(feature_batches(backbone, torch.utils.data.Subset(rows, range(1400, 1437)), processor, PassOptions(batch_size=8)))
+    assert [len(batch.values) for batch in batches] == [8, 8, 8, 8, 5]
+    assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(1400, 1437))
+    assert torch.allclose(torch.cat([batch.values for batch in batches])[:, 0], features.cls[1400:], atol=1e-5)
+
+
+def test_batches_by_tokens(parts):
+    "On a CPU a batch has about as many tokens whatever the size of its images; named sizes win."
+    backbone = parts[0]
+    for size, expected in ((dict(height=32, width=32), 64), (dict(height=224, width=224), 2), (dict(height=32, width=3200), 1)):
+        assert _pass_size(PassOptions(), backbone, DINOv3ViTImageProcessor(size=size)) == expected
+    cropped = DINOv3ViTImageProcessor(size={"shortest_edge": 4000}, do_center_crop=True, crop_size={"height": 32, "width": 32})
+    assert _pass_size(PassOptions(), backbone, cropped) == 64
+    assert _pass_size(PassOptions(batch_size=7), backbone, cropped) == 7
 
 
 def test_pools():
-    features = Features(torch.zeros(3, 4), torch.ones(3, 4))
+    features = Features([torch.stack([torch.zeros(3, 4), torch.ones(3, 4)], 1)], torch.arange(3))
     assert [tuple(features.pool(pool).shape) for pool in ("cls", "mean", "cls_mean")] == [(3, 4), (3, 4), (3, 8)]
+    assert features.pool("cls_mean")[0].tolist() == [0] * 4 + [1] * 4
     with pytest.raises(UserError, match="cls, mean, cls_mean"): features.pool("max")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_from_several_tables(dtype):
+    "Whatever tables rows lie in, and in whatever order: the same as from one."
+    table = torch.randn(20, 2, 5).to(dtype)
+    places = torch.tensor([3, 19, -1, 0, 7, 7, 12])
+    whole, cut = (Features(tables, places, {2: "row 2 is bad"}) for tables in ([table], [table[:7], table[7:7], table[7:15], table[15:]]))
+    for pool in ("cls", "mean", "cls_mean"):
+        assert whole.pool(pool).dtype == torch.float32 and torch.equal(whole.pool(pool), cut.pool(pool))
+        assert torch.equal(whole.take(torch.tensor([5, 1]), pool), whole.pool(pool)[[5, 1]]) and whole.pool(pool)[2].abs().max() == 0
+    assert torch.equal(whole.cls[[0, 1, 3]], table[[3, 19, 0], 0].float()) and whole.read.tolist() == [0, 1, 3, 4, 5, 6]
 
 
 def test_the_order_of_the_images(parts):
@@ -151,7 +177,7 @@ def test_the_order_of_the_images(parts):
 
 
 def test_skipped_rows_are_left_out_of_a_batch():
-    features = Features(torch.zeros(40, 4), torch.zeros(40, 4), {17: "row 17 is bad"})
+    features = Features([torch.zeros(40, 2, 4)], torch.arange(40), {17: "row 17 is bad"})
     rows = _FeatureRows(features, torch.arange(40))
     batch = rows.__getitems__([16, 17, 18])
     assert batch["labels"].tolist() == [16, 18] and batch["skipped"] == ["row 17 is bad"] and len(rows) == 40
@@ -161,3 +187,20 @@ def test_skipped_rows_are_left_out_of_a_batch():
 def test_flags():
     with pytest.raises(UserError, match="processor, fast"): FeatureArguments(preprocess="quick")
     with pytest.raises(UserError, match="--cache_dir is empty"): FeatureArguments(cache_dir="")
+    with pytest.raises(UserError, match="--cache_limit 0 is out of range"): FeatureArguments(cache_limit=0)
+    with pytest.raises(UserError, match="float32, float16, bfloat16"): FeatureArguments(feature_dtype="int8")
+
+
+def test_rules_of_decoding_have_a_version():
+    "If this fails, some picture looks different from now on: raise DECODING_VERSION, and take over the new digest."
+    ramp, digest = np.linspace(0, 1, 60 * 80).reshape(60, 80), hashlib.sha256()
+    colours = np.dstack([ramp * 255, ramp[::-1] * 255, ramp[:, ::-1] * 255]).astype(np.uint8)
+    picture = Image.fromarray(colours)
+    clear = Image.fromarray(np.dstack([colours, (ramp * 255).astype(np.uint8)]))
+    pictures = [picture, picture.convert("L"), picture.convert("P"), picture.convert("1"), clear, clear.convert("LA"), picture.convert("CMYK")]
+    pictures += [(ramp * top).astype(np.uint16) for top in (255, 1023, 4095, 65535)] + [ramp, (ramp - 0.5).astype(np.float32), (ramp * 1000).astype(np.int32)]
+    turned = [Image.Exif() for _ in range(8)]
+    for turn, exif in enumerate(turned, 1): exif[0x0112] = turn
+    files = [encode(picture, "PNG", exif=exif) for exif in turned] + [encode(picture, kind) for kind in ("TIFF", "BMP")]
+    for value in pictures + files: digest.update(np.asarray(open_image(value, 0)).tobytes())
+    assert (DECODING_VERSION, digest.hexdigest()[:16]) == (1, "2509aedcbdba7eab")

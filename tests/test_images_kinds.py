@@ -1,6 +1,7 @@
 "Pictures, folders and scripts as other people have them: damaged metadata, wide numbers, links, HEIC, read errors."
 import builtins
 import errno
+import hashlib
 import io
 import multiprocessing
 import os
@@ -18,11 +19,11 @@ import torch
 from PIL import Image
 from transformers import DINOv3ViTImageProcessor
 
-import dinov3_nb.features as features
+import dinov3_nb.decoding as decoding
 import dinov3_nb.images as images
 import dinov3_nb.pictures as pictures
 from dinov3_nb.core import UserError
-from dinov3_nb.features import FastProcessor, PassCollator, decode_image
+from dinov3_nb.decoding import FastProcessor, PassCollator, decode_image, describe_ranges
 from dinov3_nb.images import Collator, EpochSampler, ImageRows, _content_id, image_ids, make_loader
 from dinov3_nb.pictures import (BadImage, ReadError, describe_left_out, _find_white, list_image_files, open_image,
                                 _scale_to_8_bits)
@@ -123,7 +124,7 @@ def test_an_error_of_any_class_falls_back(monkeypatch, error):
     plain = np.asarray(open_image(JPEG, 0))
     for name in ("_is_plain_jpeg", "decode_jpeg"):
         with monkeypatch.context() as patch:
-            patch.setattr(features, name, fail)
+            patch.setattr(decoding, name, fail)
             assert (decode_image({"bytes": JPEG, "path": "a.jpg"}, 0).permute(1, 2, 0).numpy() == plain).all()
 
 
@@ -173,12 +174,11 @@ def test_negative_and_odd_values():
 def test_the_range_is_told():
     values = [{"image": (RAMP * top).astype(np.uint16), "label": 0, "row": row} for row, top in enumerate((4095, 1023))]
     assert Collator(PROCESSOR).ranges.note() is None
-    for collator in (Collator(PROCESSOR), PassCollator(PROCESSOR)):
-        collator(values)
-        assert collator.ranges.note() == "Wide greyscale images: 0 taken as black and 1,023 to 4,095, picture by picture, as white."
-    collator = PassCollator(PROCESSOR)
-    collator([{"image": PIXELS, "label": 0, "row": 0}])
-    assert collator.ranges.note() is None
+    told = "Wide greyscale images: 0 taken as black and 1,023 to 4,095, picture by picture, as white."
+    collator = Collator(PROCESSOR)
+    collator(values)
+    assert collator.ranges.note() == told == describe_ranges(PassCollator(PROCESSOR)(values)["ranges"])
+    assert describe_ranges(PassCollator(PROCESSOR)([{"image": PIXELS, "label": 0, "row": 0}])["ranges"]) is None
 
 
 # ---------------------------------------------------------------- one listing
@@ -337,10 +337,52 @@ def test_identities_are_of_the_content(tmp_path):
     ids = image_ids(ImageRows(split_of(values)))
     assert ids.dtype == np.int64 and len(large) > 65536 and len(set(ids[:3].tolist())) == 1 and len(set(ids[2:].tolist())) == 5
     reads = []
-    class Counting(io.BytesIO):
-        def read(self, count=-1): reads.append(count); return super().read(count)
-    _content_id(Counting(bytes(10 ** 6)), 10 ** 6)
+    def read(start, count):
+        reads.append(count)
+        return bytes(count)
+    _content_id(read, 10 ** 6)
     assert reads == [4096] * 16
+
+
+def plain_id(content):
+    "An identity as checkpoints have held it from the start."
+    digest, size, block = hashlib.blake2b(digest_size=8), len(content), 4096
+    if size <= 16 * block: digest.update(content)
+    else:
+        digest.update(str(size).encode())
+        for i in range(16): digest.update(content[i * (size - block) // 15:][:block])
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def test_identities_are_those_that_checkpoints_hold(tmp_path):
+    generator, values, expected = np.random.default_rng(0), [], []
+    for number, size in enumerate((0, 1, 4095, 65535, 65536, 65537, 65552, 200_000)):
+        content, file = generator.bytes(size), tmp_path / f"{number}.png"
+        file.write_bytes(content)
+        values += [{"bytes": content, "path": None}, {"bytes": None, "path": str(file)}, {"bytes": content, "path": "elsewhere.png"}]
+        expected += [plain_id(content)] * 3
+    values += [None, {"bytes": None, "path": "gone.png"}, {"bytes": None, "path": str(tmp_path)}]
+    expected += [plain_id(name) for name in (b"path None", b"path gone.png", b"path " + str(tmp_path).encode())]
+    split, order = split_of(values), generator.permutation(len(values))
+    assert image_ids(ImageRows(split)).tolist() == expected
+    assert image_ids(ImageRows(split.select(order))).tolist() == [expected[row] for row in order]
+    only_files = split_of([value for value in values if value and value["bytes"] is None])
+    assert image_ids(ImageRows(only_files)).tolist() == [one for one, value in zip(expected, values) if value and value["bytes"] is None]
+
+
+def test_identities_keep_their_order_over_many_batches():
+    values = [b"%d" % number for number in range(6000)]
+    split = split_of([{"bytes": value, "path": None} for value in values])
+    assert image_ids(ImageRows(split)).tolist() == list(map(plain_id, values))
+    assert len(image_ids(ImageRows(split.select([])))) == 0 and image_ids(ImageRows(split.select([]))).dtype == np.int64
+
+
+def test_a_batch_of_rows_is_its_rows():
+    split = split_of([{"bytes": b"%d" % number, "path": None} for number in range(9)])
+    for rows in (ImageRows(split, labels=np.arange(9)), ImageRows(split.select([8, 1, 1, 5]), labels=np.array([3, 1, 4, 1]))):
+        for wanted in ([0], [3, 0, 3], list(np.array([2, 1]))):
+            found = rows.__getitems__(wanted)
+            assert found == [rows[row] for row in wanted] and all(type(item["row"]) is type(item["label"]) is int for item in found)
 
 
 # ---------------------------------------------------------------- scripts that start processes

@@ -261,5 +261,6 @@ def test_what_predict_needs_imports_nothing_large():
     "Modules that are imported whenever the package is; what only some commands need is imported by them."
     reached = reached_by("cli", "inference", "cache")
     assert {"core", "pictures", "images", "backbone", "model", "quantization", "checkpoint", "features"} <= reached
+    assert {"inputs", "cache", "store", "contents", "recipe", "decoding", "records"} <= reached  # `predict` looks up what is kept
     assert not reached & LATER
     for name in reached: assert not top_imports(name)[1] & HEAVY, name

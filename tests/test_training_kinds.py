@@ -40,7 +40,7 @@ class Head(torch.nn.Module):
 
 def loaders(batch_size=8):
     values = torch.randn(IMAGES, 8, generator=torch.Generator().manual_seed(0)) * 100
-    features, labels = Features(values, values), torch.arange(IMAGES) % 3
+    features, labels = Features([torch.stack([values, values], 1)], torch.arange(IMAGES)), torch.arange(IMAGES) % 3
     return (feature_loader(features, labels, "cls", batch_size, EpochSampler(IMAGES, 0)), feature_loader(features, labels, "cls", 32))
 
 
