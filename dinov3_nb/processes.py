@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, get_cpu_distributed_information
-from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Sampler
 

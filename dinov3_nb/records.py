@@ -126,6 +126,8 @@ def clear_entries(
 ) -> list[Entry]:  # what was removed; stores that a run appends to stay
     "Remove kept features."
     found = list_entries(folder, keys, older_than)
+    for left in folder.glob(".*.gone"):  # of a command that was killed
+        shutil.rmtree(left, ignore_errors=True)
     return [entry for entry in found if _remove(entry)]
 
 

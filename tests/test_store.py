@@ -194,3 +194,9 @@ def test_rows_that_are_cut_off_are_counted_as_damaged(tmp_path):
     (place / "00.rows").write_bytes((place / "00.rows").read_bytes()[:50])
     (_, rows, damaged), = verify_entries(tmp_path)
     assert (rows, damaged) == (5, 3)
+
+
+def test_what_a_killed_clear_left_goes_with_the_next(tmp_path):
+    (tmp_path / ".3f2a91c0.123.gone").mkdir()
+    (tmp_path / ".3f2a91c0.123.gone" / "00.rows").write_bytes(bytes(9))
+    assert list_entries(tmp_path) == [] and clear_entries(tmp_path) == [] and list(tmp_path.iterdir()) == []
