@@ -78,11 +78,13 @@ class FeatureCache:
         about = {"model": str(self.backbone.config._name_or_path),
                  "made": time.strftime("%Y-%m-%d %H:%M"),
                  "device": str(next(self.backbone.parameters()).device)}
+        record = {"recipe": self.recipe, "embed_dim": self.embed_dim,
+                  "row_bytes": self.row_bytes, "about": about}
         with disk_errors(self.place):
-            self.place.mkdir(parents=True, exist_ok=True)
-            write_record(self.place, {
-                "recipe": self.recipe, "embed_dim": self.embed_dim,
-                "row_bytes": self.row_bytes, "about": about})
+            while not read_record(self.place):
+                self.place.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # cleared at this moment: once more
+                    return write_record(self.place, record)
 
 
 def open_cache(

@@ -39,9 +39,11 @@ class FeatureStore:
 
     def reload(self) -> None:
         "Look again at what is there."
-        self.parts = []
-        for file in sorted(self.folder.glob("*.index")):
-            with suppress(FileNotFoundError):  # cleared at this moment
+        self.parts, files = [], []
+        with suppress(FileNotFoundError):  # cleared at this moment
+            files = sorted(self.folder.glob("*.index"))
+        for file in files:
+            with suppress(FileNotFoundError):  # as above
                 self.parts.append(_read_part(file, self.row_bytes))
         records = [part.records for part in self.parts]
         self.records = np.concatenate(records) if records else np.zeros(0, RECORD)
