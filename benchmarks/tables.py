@@ -138,14 +138,46 @@ def probes(r):
     return f"{measured}\n\n{said}\n\n{computed}\n\n{conditions(r)}"
 
 
+def ladder_last(r):
+    "Seconds of an epoch from images, from pixels in memory and from kept tokens."
+    sides, rows = r["sides"], []
+    middle = {name: statistics.median(side["seconds"]) for name, side in sides.items()}
+    for name, side in sides.items():
+        rows.append([name, f"{middle[name]:.2f}", f"{min(side['seconds']):.2f} to {max(side['seconds']):.2f}",
+                     f"{middle[name] / middle['tokens']:.2f}", f"{side['losses'][-1]:.6f}"])
+    a, head = r["arguments"], ["the last blocks learn from", "seconds an epoch (median)", "spread", "times tokens", "last loss"]
+    said = (f"{a['images']} images, batch {a['batch_size']}, the last {a['blocks']} of 12 blocks, tokens in {a['feature_dtype']}, "
+            f"{a['epochs']} epochs in turn. The pass that keeps the tokens took {r['once']:.1f} s, once. Largest difference "
+            f"between the losses: {r['loss_difference']:.1e}.")
+    return f"{table(head, rows)}\n\n{said} {conditions(r)}"
+
+
+def ladder_tuned(r):
+    "Images a second and memory of the loop by hand and of `train`."
+    rows = []
+    for name, speeds in r["images_per_second"].items():
+        runs = r["sides"][name]
+        cuda = "" if runs[0]["cuda_mb"] is None else f"{max(run['cuda_mb'] for run in runs):,.0f}"
+        rows.append([name, f"{statistics.median(speeds):.1f}", f"{min(speeds):.1f} to {max(speeds):.1f}",
+                     f"{max(run['peak_mb'] for run in runs):,.0f}", cuda, f"{runs[0]['curve'][-1][0]:.5f}"])
+    a, head = r["arguments"], ["side", "images a second (median)", "spread", "peak MB", "CUDA, peak MB", "last loss"]
+    said = (f"{a['images']} images, batch {a['batch_size']}, {a['epochs']} epochs, precision "
+            f"{a['precision'].replace('no', 'float32')}, {a['repeats']} repeats in turn. `train` is {r['ratio']:.2f} times as fast. "
+            f"Largest difference between the losses: {r['loss_difference']:.1e}.")
+    return f"{table(head, rows)}\n\n{said} {conditions(r)}"
+
+
 def main():
     files = [Path(f) for f in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
     text = README.read_text()
     for file in files:
         result = json.loads(file.read_text())
-        name = result["benchmark"] + ("_pair" if result["arguments"].get("pair") else "")
+        arguments = result["arguments"]
+        each_epoch = result["benchmark"] == "frozen_run" and arguments["eval_every_steps"] == 47  # of 376 images
+        name = result["benchmark"] + ("_pair" if arguments.get("pair") else "_epoch" if each_epoch else "")
         made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu, "store": store, "shared_pass": shared_pass,
-                "startup": startup, "prepare": prepare, "probes": probes}[result["benchmark"]](result)
+                "startup": startup, "prepare": prepare, "probes": probes, "ladder_last": ladder_last,
+                "ladder_lora": ladder_tuned, "ladder_all": ladder_tuned}[result["benchmark"]](result)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
         print(f"{file}: {name}" if found else f"{file}: README.md has no place for {name}")

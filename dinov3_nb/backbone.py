@@ -63,7 +63,10 @@ def load_backbone(
 ) -> PreTrainedModel:                        # in eval mode
     "A DINOv3 backbone, in float32 unless it is quantized."
     found = find_model(model_name, revision, image_size)
-    return load_pretrained(found, quantization_config)
+    backbone = load_pretrained(found, quantization_config)
+    for module in backbone.modules() if quantization_config is not None else ():
+        if hasattr(module, "qkv_bias_separate"): module.qkv_bias_separate = True
+    return backbone
 
 # %% ../nbs/03_backbone.ipynb #88097a8b
 def _default_processor(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .checkpoint import describe_run, find_checkpoints, replace_run
-from .core import Settings, UserError
+from .core import Settings, TuneArguments, UserError
 from .data import OWN_DATASET, PreparedDataset, stratified_rows
 from .features import Features
 from .probe import ProbeResult, best_linear, clearly_below, ridge_accuracy
@@ -78,7 +78,7 @@ def probe_settings(
         raise UserError("--augment does nothing for a probe: leave it out.")
     model = replace(settings.model, head="linear", freeze_backbone=True, dropout=0.0,
                     gradient_checkpointing=False)
-    return replace(settings, model=model)
+    return replace(settings, model=model, tuning=TuneArguments())
 
 
 def _head_config(

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core import TrainArguments, UserError
+from .core import Settings, TrainArguments, UserError, is_out_of_patience
 from .files import read_checkpoint, save_atomically
+from .frozen import learns_whole
 from .images import image_ids
 from .weights import weights_fingerprint
 
@@ -47,10 +48,10 @@ def checkpoint_saver(
 # %% ../nbs/11_checkpoint.ipynb #b09ebb7f
 def _trainable_state_dict(
     model: nn.Module,
-) -> dict[str, torch.Tensor]:  # on the CPU; `head.*`, and `backbone.*` if it learns
+) -> dict[str, torch.Tensor]:  # on the CPU; `head.*`, and what learns of `backbone.*`
     "The weights that training changes."
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    whole = any(name.startswith("backbone.") for name in learns)
+    whole = learns_whole(model.backbone)
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()
             if whole or name in learns}
 
@@ -58,9 +59,13 @@ def _trainable_state_dict(
 def backbone_fingerprint(
     model: nn.Module,  # with a submodule `backbone`
 ) -> str:              # 16 hexadecimal digits
-    "A hash that tells one backbone's weights from another's."
-    stored = getattr(model.backbone, "stored_fingerprint", None)  # of 4-bit weights
-    return stored or weights_fingerprint(model.backbone.state_dict().values())
+    "A hash that tells one backbone's frozen weights from another's."
+    backbone = model.backbone
+    stored = getattr(backbone, "stored_fingerprint", None)  # of 4-bit weights
+    if stored: return stored
+    learns = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    return weights_fingerprint(
+        tensor for name, tensor in backbone.state_dict().items() if name not in learns)
 
 # %% ../nbs/11_checkpoint.ipynb #76de1883
 def _labels_digest(
@@ -76,12 +81,12 @@ def _identify_run(
     data: Any,         # a `PreparedDataset`
 ) -> dict:             # a part of a checkpoint
     "What must be the same when a run goes on."
-    frozen = not any(p.requires_grad for p in model.backbone.parameters())
+    whole = learns_whole(model.backbone)
     return {
         "class_names": list(data.class_names),
         "labels_digest": _labels_digest(data),
         "trained_on": torch.from_numpy(image_ids(data.rows("train"))),
-        "backbone_fingerprint": backbone_fingerprint(model) if frozen else None,
+        "backbone_fingerprint": None if whole else backbone_fingerprint(model),
     }
 
 # %% ../nbs/11_checkpoint.ipynb #c2b3c72d
@@ -117,9 +122,13 @@ def _make_checkpoint(
     run: dict,   # from `describe_run`
 ) -> dict:       # tensors, numbers, strings, lists and dictionaries only
     "The run as one dictionary."
-    scaler = state.scaler
+    scaler, average = state.scaler, state.average.state_dict() if state.average else {}
+    on_cpu = {side: {name: tensor.cpu() for name, tensor in average[side].items()}
+              for side in ("mean", "weights") if average}
     return {
-        "model_state_dict": _trainable_state_dict(state.model),
+        "model_state_dict": _trainable_state_dict(state.model) | on_cpu.get("mean", {}),
+        "training_state_dict": on_cpu.get("weights"),
+        "average_updates": average.get("updates", 0),
         "optimizer_state_dict": state.optimizer.state_dict(),
         "scheduler_state_dict": state.scheduler.state_dict(),
         "scaler_state_dict": scaler.state_dict() if scaler is not None else None,
@@ -134,7 +143,8 @@ def _without_averages(
     "What `best.pt` holds."
     weights = checkpoint["model_state_dict"]
     trained = any(name.startswith("backbone.") for name in weights)
-    return {**checkpoint, "optimizer_state_dict": {}} if trained else checkpoint
+    left_out = {"optimizer_state_dict": {}, "training_state_dict": None}
+    return {**checkpoint, **left_out} if trained else checkpoint
 
 # %% ../nbs/11_checkpoint.ipynb #164fed6b
 def replace_run(
@@ -143,7 +153,7 @@ def replace_run(
 ) -> None:
     "Put the first checkpoint of a new run in the place of an older run."
     save_atomically(checkpoint, folder / "new.pt")
-    (folder / "last.pt").unlink(missing_ok=True)
+    for name in ("last.pt", "wise_ft.pt"): (folder / name).unlink(missing_ok=True)
     os.replace(folder / "new.pt", folder / "best.pt")
 
 # %% ../nbs/11_checkpoint.ipynb #8994c62f
@@ -157,9 +167,9 @@ def _differences(
     new: dict,   # the arguments given now
 ) -> list[str]:  # "learning_rate was 0.0005, now 0.001"
     "Arguments that decide the result and are not the same."
-    decisive = [name for name in new if name in old and name not in _MAY_DIFFER]
-    return [f"{name} was {old[name]}, now {new[name]}" for name in decisive
-            if old[name] != new[name]]
+    old = {**Settings().flat(), **old}  # an older version had no choice there
+    return [f"{name} was {old[name]}, now {new[name]}" for name in new
+            if name in old and name not in _MAY_DIFFER and old[name] != new[name]]
 
 # %% ../nbs/11_checkpoint.ipynb #a7957677
 def _check_resumable(
@@ -172,6 +182,11 @@ def _check_resumable(
     if "labels_digest" not in start:
         raise UserError(f"{last} was not written by this package and cannot be "
                         "resumed; predict can still use it.")
+    then = start["config"]
+    if "tune" in config and "tune" not in then and not then["freeze_backbone"]:
+        raise UserError(f"{last} is of a run that an earlier version trained with one "
+                        "rate for all layers, and cannot be resumed; predict can still "
+                        "use it.")
     changed = _differences(start["config"], config)
     if changed:
         raise UserError(f"--resume would continue another run: {'; '.join(changed)}. "
@@ -195,8 +210,11 @@ def _no_run_to_resume(
 def is_complete(
     start: dict,  # the checkpoint to go on from
 ) -> bool:
-    "Whether a run has no step left; to train longer is a new run with more epochs."
-    return start["step"] == start["total_steps"]
+    "Whether a run has no step left, or no patience; to train longer is a new run."
+    if start["step"] == start["total_steps"]: return True
+    given = {name: value for name, value in start["config"].items()
+             if name in ("metric", "patience")}
+    return is_out_of_patience(start["history"], TrainArguments(**given))
 
 # %% ../nbs/11_checkpoint.ipynb #d25851fc
 def find_checkpoints(

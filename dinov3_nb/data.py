@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from .core import DataArguments, UserError
 from .images import ImageRows
 from dinov3_nb.sources import (
-    as_splits, notes_in_errors, read_dataset, split_kinds, with_columns, writable,
+    EMBEDDED, as_splits, notes_in_errors, read_dataset, split_kinds, with_columns,
+    writable,
 )
 from dinov3_nb.tables import (
     Columns, columns_dataset, describe_columns, find_columns, shorten,
@@ -397,8 +398,8 @@ def in_full(
 def dataset_in_full(
     name: str,  # as `--dataset` takes it
 ) -> str:
-    "The same for a dataset: `digits` is always the one in the package."
-    return name if name in ("digits", OWN_DATASET) else in_full(name)
+    "The same for a dataset: `digits` and `fashion` are the package's."
+    return name if name in (*EMBEDDED, OWN_DATASET) else in_full(name)
 
 
 def take_own_dataset(

@@ -34,7 +34,7 @@ from dinov3_nb.inference import (
 from .optimizer import make_accelerator
 from .processes import share_batches
 from .pictures import BadImage, ReadError
-from .training import Scores, collect_logits, score
+from .scores import Scores, collect_logits, score
 
 # %% ../nbs/12_evaluation.ipynb #f1bda23c
 @dataclass(frozen=True)

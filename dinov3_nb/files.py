@@ -36,6 +36,7 @@ def save_atomically(
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
         if temporary.is_file(): temporary.unlink()
+        if isinstance(error.__context__, KeyboardInterrupt): raise KeyboardInterrupt
         raise UserError(f"{path} could not be written ({error}): free some space, or "
                         "choose another --checkpoint_dir; an earlier checkpoint, if "
                         "there was one, is untouched.") from error
@@ -144,20 +145,20 @@ def _rename_old_keys(
 
 # %% ../nbs/11_files.ipynb #f82e3666
 def load_weights(
-    model: nn.Module,  # changed in place
-    state_dict: dict,  # `head.*`, and all of `backbone.*` or none
+    model: nn.Module,  # changed in place; what learns is what `requires_grad` says
+    state_dict: dict,  # what learns in the model, or all of the model
 ) -> None:
-    "Load a head, or a head and its backbone, and refuse what does not fit."
+    "Load what was learned, or the whole model, and refuse what does not fit."
     own = model.state_dict()
     state_dict = _rename_old_keys(state_dict, set(own))
-    whole = any(key.startswith("backbone.") for key in state_dict)
-    needed = {key for key in own if whole or key.startswith("head.")}
+    needed = {name for name, p in model.named_parameters() if p.requires_grad}
+    if set(state_dict) & (set(own) - needed): needed = set(own)
     unknown = sorted(set(state_dict) - set(own))
     missing = sorted(needed - set(state_dict))
     if unknown or missing:
         raise UserError(
             f"The checkpoint does not fit the model: unknown {unknown[:3]}, "
-            f"missing {missing[:3]}; check model_name and head.")
+            f"missing {missing[:3]}; check model_name, head and tune.")
     for key, value in state_dict.items():
         if value.shape != own[key].shape:
             raise UserError(

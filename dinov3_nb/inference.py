@@ -21,7 +21,8 @@ from .cache import FeatureCache, KeptSplit, open_cache, stream_features
 from .checkpoint import backbone_fingerprint
 from .contents import ImageNames
 from dinov3_nb.core import (
-    FeatureArguments, ModelArguments, QuantizationArguments, UserError, check_range,
+    FeatureArguments, ModelArguments, QuantizationArguments, TuneArguments, UserError,
+    check_range,
 )
 from .decoding import FastProcessor
 from .features import PassOptions
@@ -31,12 +32,14 @@ from dinov3_nb.inputs import (
     PictureCollator, name_pictures, path_of, picture_batches,
     picture_rows,
 )
+from .lora import has_adapters, merge_adapters, save_adapters
 from dinov3_nb.model import (
     build_classifier, check_exported, export_classifier, rebuild_classifier,
 )
 from .pictures import BadImage, ReadError
 from .quantization import cpu_has_bfloat16, quantization_config, quantized_layers
 from .records import cache_folder
+from .tune import choose_parameters
 from .weights import quiet_if_small
 
 # %% ../nbs/12_inference.ipynb #65cfbb52
@@ -86,7 +89,13 @@ class Classifier:
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write the whole model as a folder for `transformers.pipeline` and the Hub."
-        export_classifier(self.model, self.processor, folder)
+        adapted = has_adapters(self.model)
+        model = merge_adapters(self.model) if adapted else self.model
+        export_classifier(model, self.processor, folder)
+
+    def save_adapters(self, folder: str | Path, base: str | Path | None = None) -> None:
+        "Write adapters and head as a folder for PEFT, and what they belong to."
+        save_adapters(self.model, self.processor, folder, base)
 
 # %% ../nbs/12_inference.ipynb #baed2091
 def load_classifier(
@@ -97,9 +106,19 @@ def load_classifier(
     "A classifier ready to predict."
     path = Path(path)
     if (path / "config.json").exists(): classifier = _load_exported(path)
+    elif (path / "adapter_config.json").exists(): raise _only_adapters(path)
     else: classifier = _restore_classifier(read_checkpoint(path), model_name)
     classifier.model.to(device or _find_device()).eval()
     return classifier
+
+
+def _only_adapters(
+    folder: Path,  # from `save_adapters`
+) -> UserError:
+    "What to do with the part of a classifier that PEFT knows."
+    return UserError(f"{folder} holds adapters, not a whole classifier: name the "
+                     "checkpoint they came from or a folder from save_pretrained, or "
+                     "load them with AutoModelForImageClassification.from_pretrained.")
 
 
 def _find_device() -> torch.device:
@@ -111,8 +130,9 @@ def _find_device() -> torch.device:
 def _holds_backbone(
     checkpoint: dict,  # from `read_checkpoint`
 ) -> bool:
-    "Whether a checkpoint has everything that a model is built from, not only a head."
-    whole = any(key.startswith("backbone.") for key in checkpoint["model_state_dict"])
+    "Whether a checkpoint has everything that a model is built from, not only a part."
+    some = any(key.startswith("backbone.") for key in checkpoint["model_state_dict"])
+    whole = some and checkpoint.get("backbone_fingerprint") is None
     return whole and "backbone_config" in checkpoint
 
 
@@ -133,12 +153,20 @@ def _stored_config(
 
 
 def _stored_arguments(
-    group: type,   # `ModelArguments` or `QuantizationArguments`
+    group: type,   # `ModelArguments` or another
     config: dict,  # from `_stored_config`; a file of the origin lacks some, or has None
 ) -> Any:          # an instance of `group`
     "The settings of one group, with defaults for what the checkpoint does not say."
     given = {name: config.get(name) for name in group.__dataclass_fields__}
     return group(**{name: value for name, value in given.items() if value is not None})
+
+
+def _stored_tuning(
+    config: dict,    # from `_stored_config`; older files say only `freeze_backbone`
+) -> TuneArguments:  # which parameters have learned
+    "What the run of a checkpoint has tuned."
+    rung = "head" if config.get("freeze_backbone", True) else "all"
+    return _stored_arguments(TuneArguments, {"tune": rung, **config})
 
 # %% ../nbs/12_inference.ipynb #a12f85df
 def _stored_class_names(
@@ -160,12 +188,14 @@ def _restore_model(
 ) -> Any:                    # DinoV3Linear or DinoV3MLP, on the CPU
     "Backbone and head, put together again."
     arguments = _stored_arguments(ModelArguments, config)
-    arguments = replace(arguments, gradient_checkpointing=False)
+    arguments = replace(
+        arguments, gradient_checkpointing=False, freeze_backbone=True)
     bits = quantization_config(_stored_arguments(QuantizationArguments, config))
     if _holds_backbone(checkpoint):
         stored = checkpoint["backbone_config"]
         model = rebuild_classifier(stored, arguments, class_names)
     else: model = build_classifier(arguments, class_names, bits)
+    choose_parameters(model, _stored_tuning(config))
     wanted = checkpoint.get("backbone_fingerprint")
     if wanted and wanted != backbone_fingerprint(model):
         raise UserError(f"The backbone {config['model_name']} is not the one that this "

@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from .core import TrainArguments, UserError
 from .processes import join_on_cpu, refuse_other_shards
 from .quantization import cpu_has_bfloat16, quantized_layers
+from .tune import decays
 
 from bitsandbytes.optim import AdamW8bit  # here, since the line above turns a warning of it off
 
@@ -27,19 +30,20 @@ def parameter_groups(
     weight_decay: float,  # for matrices and kernels; vectors get 0
 ) -> list[dict]:          # two AdamW parameter groups: decayed, not decayed
     "Trainable parameters, split into those that decay and those that do not."
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in trainable if decays(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in trainable if not decays(n, p)], "weight_decay": 0.0},
     ]
 
 # %% ../nbs/10_optimizer.ipynb #2852b750
 def make_optimizer(
     model: nn.Module,           # on the device it will train on
     arguments: TrainArguments,  # learning rate and weight decay
+    groups: list[dict] | None = None,  # from `tuned_groups`; None: two, with one rate
 ) -> torch.optim.Optimizer:     # with 8-bit averages if the model holds 4-bit layers
     "AdamW over the trainable parameters."
-    groups = parameter_groups(model, arguments.weight_decay)
+    groups = groups or parameter_groups(model, arguments.weight_decay)
     if quantized_layers(model): return adamw_8bit(groups, arguments.learning_rate)
     parameters = [p for group in groups for p in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -58,10 +62,16 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer,
     total_steps: int,     # optimizer steps in the whole run
     warmup_ratio: float,  # share of them for the linear rise, 0 to 1
-) -> torch.optim.lr_scheduler.LambdaLR:
+) -> LambdaLR:
     "Linear warm-up, then half a cosine down to zero."
-    warmup_steps = int(total_steps * warmup_ratio)
-    return get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    def schedule(optimizer, ratio):
+        steps = int(total_steps * ratio)
+        return get_cosine_schedule_with_warmup(optimizer, steps, total_steps)
+    ratios = [g.get("warmup_ratio", warmup_ratio) for g in optimizer.param_groups]
+    if len(set(ratios)) == 1: return schedule(optimizer, ratios[0])
+    blank = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    shares = [schedule(blank, ratio).lr_lambdas[0] for ratio in ratios]
+    return LambdaLR(optimizer, shares)
 
 # %% ../nbs/10_optimizer.ipynb #b56501b9
 def choose_precision(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ProbeResult', 'best_linear', 'probe_features', 'Grid', 'knn', 'probe_lines', 'find_learning_rate',
-           'ridge_accuracy', 'clearly_below']
+           'find_head', 'ridge_accuracy', 'clearly_below']
 
 # %% ../nbs/08_probe.ipynb #7360e2a7
 import math
@@ -146,14 +146,13 @@ def _take_part(
 _MOST_FOR_BANK = 100_000  # images to choose a learning rate on
 
 
-def _probe_linear(
+def _fit_linear(
     method: Callable[..., Fit],
     grid: Grid,
-    train: tuple[torch.Tensor, torch.Tensor],       # features, labels
-    validation: tuple[torch.Tensor, torch.Tensor],  # the same
+    train: tuple[torch.Tensor, torch.Tensor],  # features, labels
     task: _Task,
-) -> tuple[float, float, LinearHead]:  # the setting, validation accuracy, the head
-    "Choose a setting on a part of train, fit on all of train, score on validation."
+) -> tuple[float, LinearHead]:  # the setting, the head
+    "Choose a setting on a part of train, then fit on all of train."
     x, y = train
     rows, held_rows = _hold_out(y, seed=task.seed)
     if method is bank:
@@ -167,7 +166,19 @@ def _probe_linear(
     best = _choose(score, grid)
     del fit  # and with it four fifths of the features
     head = method(x, y, task.num_classes, task.device)((best,), heads[best])[best]
-    return best, _share_right(head.predict(validation[0]), validation[1]), head
+    return best, head
+
+
+def _probe_linear(
+    method: Callable[..., Fit],
+    grid: Grid,
+    train: tuple[torch.Tensor, torch.Tensor],       # features, labels
+    validation: tuple[torch.Tensor, torch.Tensor],  # the same
+    task: _Task,
+) -> tuple[float, float, LinearHead]:  # the setting, validation accuracy, the head
+    "Find a head on train, score it on validation."
+    setting, head = _fit_linear(method, grid, train, task)
+    return setting, _share_right(head.predict(validation[0]), validation[1]), head
 
 # %% ../nbs/08_probe.ipynb #51a974f7
 _TILE, _QUERIES = 2**16, 2**9  # training images and queries that are compared at once
@@ -307,6 +318,23 @@ def find_learning_rate(
     said = (f"Learning rate: {best:g}, the best of {len(RATES)} on {len(truth):,} "
             "held-out training images")
     return best, [said, "  " + ", ".join(tried)]
+
+# %% ../nbs/08_probe.ipynb #f69ac256
+def find_head(
+    features: torch.Tensor,  # (images, width)
+    labels: torch.Tensor,    # (images,) int64
+    num_classes: int,
+    seed: int = 42,          # of the held-out part and of the bank
+    device: torch.device | None = None,  # None: the GPU, where there is one
+) -> tuple[LinearHead, str]:  # the head; how it was found, for the log
+    "The head of a probe, chosen on held-out training images alone."
+    name, letter, method, grid = "logistic regression", "C", logistic, _CS
+    if len(labels) > _MOST_FOR_BANK:
+        name, letter, method, grid = "a bank of 13 heads", "learning rate", bank, _GROWN
+    task = _Task(num_classes, seed, device or _find_device())
+    known = _place(features, task.device), labels
+    setting, head = _fit_linear(method, grid, known, task)
+    return head, f"{name}, {letter} = {setting:g}"
 
 # %% ../nbs/08_probe.ipynb #e37e299b
 _MOST_FOR_FIGURE = 20_000  # training images

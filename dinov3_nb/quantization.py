@@ -69,8 +69,8 @@ def quantized_layers(
 ) -> list[str]:        # names of its 4-bit layers, empty where there are none
     "Which layers really hold 4-bit weights."
     def is_4bit(module):
-        weight = getattr(module, "weight", None)
-        return getattr(weight, "quant_state", None) is not None
+        own = dict(module.named_parameters(recurse=False))  # not shown through a wrapper
+        return getattr(own.get("weight"), "quant_state", None) is not None
     return [name for name, module in model.named_modules() if is_4bit(module)]
 
 # %% ../nbs/05_quantization.ipynb #2f599496

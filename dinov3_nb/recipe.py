@@ -8,6 +8,7 @@ __all__ = ['make_recipe', 'recipe_key', 'describe_backbone']
 # %% ../nbs/07_recipe.ipynb #c8536e8d
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -28,10 +29,11 @@ def make_recipe(
 ) -> dict:                 # plain values
     "Everything that decides the features of a picture, up to rounding."
     prepared = json.loads(processor.to_json_string())
+    entry = {} if options.entry is None else {"entry": options.entry.blocks}
     return {"format": 3, "decoding": DECODING_VERSION, **described,
             "processor": prepared, "image_size": prepared.get("size"),
             "preprocess": options.preprocess, "precision": options.precision,
-            "compile": options.compile, "kept_as": options.kept_as}
+            "compile": options.compile, "kept_as": options.kept_as, **entry}
 
 
 def recipe_key(
@@ -50,11 +52,14 @@ def _tensor_key(
 
 
 def _weights_digest(
-    backbone: nn.Module,  # any model
-) -> str:                 # 64 hexadecimal digits
+    backbone: nn.Module,               # any model
+    without: Sequence[nn.Module] = (),  # parts whose tensors don't count
+) -> str:                              # 64 hexadecimal digits
     "A hash of all tensors that a model holds, in order."
+    left_out = {id(tensor) for part in without for tensor in held_tensors(part)}
+    tensors = (t for t in held_tensors(backbone) if id(t) not in left_out)
     with ThreadPoolExecutor() as threads:
-        parts = threads.map(_tensor_key, held_tensors(backbone))
+        parts = threads.map(_tensor_key, tensors)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 # %% ../nbs/07_recipe.ipynb #19a3da4d
@@ -62,20 +67,24 @@ _SILENT = {  # fields of a configuration that do not change what the model compu
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures",
     "id2label", "label2id", "quantization_config",
 }
+_IN_TRAINING = {"drop_path_rate", "pos_embed_rescale"}  # nor these, in eval mode
 
 
 def describe_backbone(
     backbone: nn.Module,  # from `load_backbone`
+    entry: Any = None,    # `TokenEntry`: what lies behind it doesn't count; None: all
 ) -> dict:                # plain values
-    "What decides the features on the model's side."
+    "What decides the features, or the tokens at an entry, on the model's side."
     whole = backbone.config.to_dict()
     quantization = whole.get("quantization_config")
     packages = ["torch", "torchvision", "transformers", "pillow"]
     if quantization is not None: packages.append("bitsandbytes")
     if backbone.config.model_type == "timm_wrapper": packages.append("timm")
+    silent, upper = _SILENT, ()
+    if entry is not None: silent, upper = _SILENT | _IN_TRAINING, entry.upper(backbone)
     described = {
-        "weights": _weights_digest(backbone),
-        "config": {name: value for name, value in whole.items() if name not in _SILENT},
+        "weights": _weights_digest(backbone, upper),
+        "config": {name: value for name, value in whole.items() if name not in silent},
         "quantization": quantization,
         "versions": {name: version(name).split("+")[0] for name in packages},
     }

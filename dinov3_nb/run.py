@@ -22,6 +22,7 @@ from .backbone import load_processor
 from dinov3_nb.best_head import (
     choose_folder, probe_settings, probe_sides, save_best_head, suggest_probe, take_readable,
 )
+from .blocks import kept_tokens, make_token_loaders, open_entry
 from .cache import kept_features
 from .catalogue import resolve_model_name
 from dinov3_nb.checkpoint import (
@@ -29,13 +30,15 @@ from dinov3_nb.checkpoint import (
 )
 from dinov3_nb.core import (
     ModelArguments, Settings, UserError, features_are_fixed, make_settings,
+    starts_from_probe, tokens_are_fixed,
 )
 from dinov3_nb.data import (
     PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset, take_own_dataset,
 )
-from .features import Features, PassOptions, extract_features
+from .features import Features, KeptRows, PassOptions, extract_features
 from .files import load_weights
 from .images import refuse_in_spawned_import
+from .losses import Learning
 from .model import build_classifier
 from .optimizer import make_accelerator
 from .probe import ProbeResult, find_learning_rate, probe_features, probe_lines
@@ -45,12 +48,15 @@ from dinov3_nb.quantization import (
 from .records import cache_folder
 from .tracking import choose_tracker, name_run, track_run
 from dinov3_nb.training import (
-    TrainingState, begin_run, fit, make_feature_loaders, make_loaders,
+    TrainingState, begin_run, finish_run, fit, make_feature_loaders, make_loaders,
+)
+from dinov3_nb.tuned import (
+    check_rung, closing_line, let_learn, look_back, plan_learning, plan_lines, put_aside, start_from_probe,
 )
 
 # %% ../nbs/15_run.ipynb #97a55521
 def train(
-    *parts: Any,    # a `Settings`, or any of its five parts
+    *parts: Any,    # a `Settings`, or any of its six parts
     log: Callable[[str], None] | None = None,  # None: print, on the main process only
     **values: Any,  # settings by name; `dataset` may be a `Dataset` of your own
 ) -> TrainingState:  # the model, and the curves in `history`
@@ -64,35 +70,44 @@ def train(
         settings.training, settings.quantization.use_4bit, tracker)
     log = _choose_log(log, accelerator)
     _check_start(settings, accelerator, start, log)
-    loaded, known = load_all(settings, dataset), None
-    if start:
-        known = check_same_run(start, loaded.data, loaded.model)
-        load_weights(loaded.model, start["model_state_dict"])
+    loaded = load_all(settings, dataset)
+    data, aside = put_aside(settings, loaded.data)
+    loaded, how = loaded._replace(data=data), plan_learning(settings, data, not start)
+    folder, model = Path(settings.training.checkpoint_dir), loaded.model
+    if accelerator.is_main_process: open_folder(folder)
+    begun = _begin(settings, loaded, accelerator, start, log)
     if settings.model.freeze_backbone or not accelerator.is_fsdp2:
-        loaded.model.to(accelerator.device)  # else shards go there, one by one
+        model.to(accelerator.device)  # else shards go there, one by one
+    def choose_weights():
+        if begun.weights: log(look_back(model, begun.weights, aside, loaded.processor,
+                                        settings, accelerator))
     if start and is_complete(start):
-        return _finished_state(settings, loaded.model, accelerator, start, log)
-    for line in _opening_lines(settings, loaded, accelerator): log(line)
+        state = _finished_state(settings, model, accelerator, start, log, how)
+        choose_weights()  # if it was stopped before
+        return state
+    for line in _plan_of_run(settings, loaded, accelerator): log(line)
     if start:
         log(f"Going on from step {start['step']:,}, "
-            f"best accuracy so far {start['best_acc']:.2%}")
-    folder = Path(settings.training.checkpoint_dir)
-    if accelerator.is_main_process: open_folder(folder)
+            f"best {settings.training.metric} so far {start['best_acc']:.2%}")
     loaders, settings, features = _open_loaders(
         settings, loaded, accelerator, start, log)
     config |= {"num_processes": accelerator.num_processes}
     if config["learning_rate"] == "auto":
         config |= {"found_learning_rate": settings.training.learning_rate}
     config |= name_run(settings.training, start)
-    save = checkpoint_saver(folder, config, loaded.data, loaded.processor, known)
+    save = checkpoint_saver(folder, config, data, loaded.processor, begun.known)
     with track_run(accelerator, settings.training, config) as track:
-        state = fit(loaded.model, *loaders, settings.training, accelerator, start,
-                    save, track, log)
+        state = fit(model, *loaders, settings.training, accelerator, start,
+                    save, track, log, how)
     if peak := peak_memory():
         log(f"CUDA memory, peak of the run: {peak / 1e6:,.1f} MB (measured)")
-    log(f"Done: best accuracy {state.best_acc:.2%}, {folder / 'best.pt'}")
+    log(f"Done: best {settings.training.metric} {state.best_acc:.2%}, "
+        f"{folder / 'best.pt'}")
+    if said := closing_line(state.history, settings): log(said)
+    choose_weights()
     if features and accelerator.is_main_process:
-        advice = suggest_probe(settings, features, loaded.data, state.best_acc)
+        accuracy = max(point["val_acc"] for point in state.history)
+        advice = suggest_probe(settings, features, loaded.data, accuracy)
         if advice: log(advice)
     return state
 
@@ -122,23 +137,26 @@ def load_all(
     settings: Settings,
     dataset: Any = None,  # your own, in place of the one that is named
 ) -> Loaded:              # the model on the CPU
-    "Data, image processor and model."
+    "Data, image processor and model; its backbone is frozen so far."
     model, seed = settings.model, settings.training.seed
     data = load_and_prepare_dataset(settings.data, seed, dataset)
     processor = load_processor(model.model_name, model.revision, model.image_size)
     torch.manual_seed(seed)
     quantization = quantization_config(settings.quantization)
-    classifier = build_classifier(model, data.class_names, quantization)
+    frozen = replace(model, freeze_backbone=True, gradient_checkpointing=False)
+    classifier = build_classifier(frozen, data.class_names, quantization)
     return Loaded(data, processor, classifier)
 
 # %% ../nbs/15_run.ipynb #c81ec6a0
 def _model_line(
     model: ModelArguments,
-) -> str:  # "Model: ..."
+    tune: str = "head",  # what learns
+) -> str:                # "Model: ..."
     "Backbone and head in one line."
     given, resolved = model.model_name, str(resolve_model_name(model.model_name)[0])
     renamed = "" if resolved == given or given == "tiny" else f" -> {resolved}"
-    learns = "frozen" if model.freeze_backbone else "trained"
+    learns = {"head": "frozen", "all": "trained", "last": "trained in its last blocks",
+              "lora": "frozen, with adapters"}[tune]
     head = f"{model.head} head on {model.pool}"
     return f"Model: {given}{renamed}, {head}, backbone {learns}"
 
@@ -148,27 +166,49 @@ def _opening_lines(
     loaded: Loaded,            # before training
     accelerator: Accelerator,  # device and precision
 ) -> list[str]:                # the log's first lines
-    "Device, data, model, quantization, parameters, memory and steps of a run."
-    data, training = loaded.data, settings.training
-    total, trainable = count_parameters(loaded.model)
-    batches = training.gradient_accumulation_steps * accelerator.num_processes
-    steps = math.ceil(len(data.train) / (training.batch_size * batches))
+    "Device, data, model, quantization and memory of a run."
+    data, count = loaded.data, accelerator.num_processes
     precision = accelerator.mixed_precision.replace("no", "float32")
-    count = accelerator.num_processes
     together = f", one of {count} processes" if count > 1 else ""
     return [
         f"Device: {accelerator.device}{together}, precision {precision}",
         f"Dataset: {settings.data.dataset}, {len(data.class_names)} classes",
         *(f"  {note}" for note in data.notes),
-        _model_line(settings.model),
+        _model_line(settings.model, settings.tuning.tune),
         *(f"  {line}" for line in memory_lines(loaded.model, settings.quantization)),
+    ]
+
+
+def _plan_of_run(
+    settings: Settings,
+    loaded: Loaded,            # after it was settled what learns
+    accelerator: Accelerator,  # for the number of processes
+) -> list[str]:                # the next lines of the log
+    "Parameters, rates, images and steps of a run."
+    data, training = loaded.data, settings.training
+    total, trainable = count_parameters(loaded.model)
+    batches = training.gradient_accumulation_steps * accelerator.num_processes
+    steps = math.ceil(len(data.train) / (training.batch_size * batches))
+    return [
         f"Parameters: {total:,} in all, {trainable:,} trainable",
+        *plan_lines(settings, loaded.model),
         f"Samples: {len(data.train):,} training, {len(data.validation):,} validation",
         f"Total steps: {steps * training.epochs:,} "
         f"({training.epochs} epochs of {steps:,})",
     ]
 
 # %% ../nbs/15_run.ipynb #821a1e59
+def _pass_options(
+    settings: Settings,
+    precision: str,  # "no", "bf16" or "fp16"
+) -> PassOptions:
+    "How a run sends its images through the backbone."
+    data, features = settings.data, settings.features
+    return PassOptions(
+        features.preprocess, precision, features.compile, data.num_workers,
+        data.on_bad_image, kept_as=features.feature_dtype)
+
+
 def open_features(
     settings: Settings,
     loaded: Loaded,  # the backbone frozen, on its device
@@ -177,10 +217,7 @@ def open_features(
 ) -> dict[str, Features]:  # of "train" and "validation"
     "The features of both splits, from disk where they are there."
     splits = {name: loaded.data.rows(name) for name in ("train", "validation")}
-    options = PassOptions(
-        settings.features.preprocess, precision, settings.features.compile,
-        settings.data.num_workers, settings.data.on_bad_image,
-        kept_as=settings.features.feature_dtype)
+    options = _pass_options(settings, precision)
     folder, backbone = cache_folder(settings.features), loaded.model.backbone
     if settings.features.cache_features == "never":  # a probe, which needs them now
         return {name: extract_features(backbone, rows, loaded.processor, options, name, log)
@@ -214,8 +251,11 @@ def _open_loaders(
     start: dict | None,        # the checkpoint that a resumed run goes on from
     log: Callable[[str], None],
 ) -> tuple[tuple, Settings, dict | None]:  # loaders; with a number for the rate; kept
-    "Batches of kept features where features are fixed, of images otherwise."
+    "Batches of kept features or tokens where these are fixed, of images otherwise."
     data, training = loaded.data, settings.training
+    if tokens_are_fixed(settings):
+        tokens = _open_tokens(settings, loaded, accelerator.mixed_precision, log)
+        return make_token_loaders(data, tokens, training), settings, None
     if not features_are_fixed(settings):
         loaders = make_loaders(data, loaded.processor, settings.data, training,
                                settings.features.preprocess)
@@ -228,6 +268,62 @@ def _open_loaders(
     pool, training = settings.model.pool, settings.training
     loaders = make_feature_loaders(data, features, pool, training)
     return loaders, settings, features
+
+
+def _open_tokens(
+    settings: Settings,
+    loaded: Loaded,  # the model on its device; its last blocks learn
+    precision: str,  # "no", "bf16" or "fp16"
+    log: Callable[[str], None],
+) -> dict[str, KeptRows]:  # of "train" and "validation"
+    "What enters the last blocks, from disk where it is there."
+    model, blocks = loaded.model, settings.tuning.last_blocks
+    model.entry = open_entry(model.backbone, loaded.processor, blocks)
+    options = replace(_pass_options(settings, precision), entry=model.entry)
+    splits = {name: loaded.data.rows(name) for name in ("train", "validation")}
+    model.eval()
+    return kept_tokens(
+        model.backbone, splits, loaded.processor, options,
+        cache_folder(settings.features), log, settings.features.cache_limit)
+
+# %% ../nbs/15_run.ipynb #fe0c8587
+class _Begun(NamedTuple):
+    "What is known before the first step."
+    known: dict | None  # of a resumed run, from `check_same_run`
+    weights: dict[str, torch.Tensor] | None  # to look back at; None: the run won't
+
+
+def _begin(
+    settings: Settings,
+    loaded: Loaded,            # the backbone frozen
+    accelerator: Accelerator,
+    start: dict | None,        # the checkpoint that a resumed run goes on from
+    log: Callable[[str], None],
+) -> _Begun:
+    "Say what the run is about; let learn what is to learn, from a probe or a checkpoint."
+    model, known, weights = loaded.model, None, None
+    is_over = bool(start) and is_complete(start)
+    if not is_over:
+        for line in _opening_lines(settings, loaded, accelerator): log(line)
+    chosen = Path(settings.training.checkpoint_dir) / "wise_ft.pt"
+    looks_back = settings.tuning.wise_ft and not (is_over and chosen.exists())
+    if looks_back and accelerator.is_fsdp2:
+        raise UserError("--wise_ft cannot look back with a model in shards (FSDP): leave "
+                        "it out, or give each process the whole model.")
+    check_rung(settings, model)
+    if starts_from_probe(settings) and (looks_back or not start):
+        model.to(accelerator.device)
+        features = open_features(settings, loaded, accelerator.mixed_precision, log)
+        log(start_from_probe(settings, loaded.data, model, features, accelerator))
+        if accelerator.is_fsdp2: model.cpu()
+    let_learn(settings, model)
+    if looks_back:
+        weights = {name: parameter.detach().clone()
+                   for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if start:
+        known = check_same_run(start, loaded.data, model)
+        load_weights(model, start["model_state_dict"])
+    return _Begun(known, weights)
 
 # %% ../nbs/15_run.ipynb #54c09b7b
 def _check_start(
@@ -262,6 +358,7 @@ def _finished_state(
     accelerator: Accelerator,
     start: dict,               # the last checkpoint of a complete run
     log: Callable[[str], None],
+    how: Learning = Learning(),  # for the optimizer
 ) -> TrainingState:            # after the last step
     "Say that a run is complete, and return what it ended with."
     rate = start["scheduler_state_dict"]["base_lrs"][0]  # a number, also with auto
@@ -269,7 +366,8 @@ def _finished_state(
     log(f"The run in {training.checkpoint_dir} is complete ({start['step']:,} steps): "
         "nothing to do. To train longer, start a new run with more --epochs in another "
         "--checkpoint_dir.")
-    return begin_run(model, training, start["total_steps"], accelerator, start)
+    state = begin_run(model, training, start["total_steps"], accelerator, start, how)
+    return finish_run(state)
 
 # %% ../nbs/15_run.ipynb #f4c03bf1
 def _print_line(
@@ -290,7 +388,7 @@ def _choose_log(
 
 # %% ../nbs/15_run.ipynb #116c2a18
 def probe(
-    *parts: Any,    # a `Settings`, or any of its five parts
+    *parts: Any,    # a `Settings`, or any of its six parts
     checkpoint_dir: str | Path | None = None,  # for `best.pt`; None: save nothing
     overwrite: bool = False,                   # replace what that folder holds
     log: Callable[[str], None] | None = None,  # None: print, on the main process only

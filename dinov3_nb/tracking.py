@@ -7,6 +7,7 @@ __all__ = ['track_run', 'choose_tracker', 'name_run', 'plot_history']
 
 # %% ../nbs/10_tracking.ipynb #89c06a5a
 import io
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -103,8 +104,8 @@ def plot_history(
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     losses, accuracy = axes
     steps = [entry["step"] for entry in history]
-    curves = {label: [entry[name] for entry in history] for name, label in (
-        ("train_loss", "training"), ("val_loss", "validation"))}
+    curves = {label: [math.nan if entry[name] is None else entry[name] for entry in history]
+              for name, label in (("train_loss", "training"), ("val_loss", "validation"))}
     higher = max(curves, key=lambda label: curves[label][-1:])
     for label, values in curves.items():
         line, = losses.plot(steps, values, marker=".")

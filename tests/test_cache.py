@@ -11,7 +11,7 @@ import forks
 import pytest
 import torch
 
-from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, load_backbone, store, train
+from dinov3_nb import DataArguments, ModelArguments, TrainArguments, TuneArguments, UserError, load_backbone, store, train
 from dinov3_nb.cache import kept_features
 from dinov3_nb.core import FeatureArguments
 from dinov3_nb.data import load_and_prepare_dataset
@@ -291,8 +291,8 @@ def test_bad_images_with_and_without(tmp_path):
 
 
 def test_nothing_kept_where_features_change(tmp_path):
-    for name, data, model in (("augmented", {"augment": "crop_flip"}, {}), ("unfrozen", {}, {"freeze_backbone": False})):
-        train(DataArguments(dataset="digits", train_split_ratio=0.05, val_split_ratio=0.05, **data), ModelArguments(model_name="tiny", **model),
+    for name, data, tuning in (("augmented", {"augment": "crop_flip"}, {}), ("unfrozen", {}, {"tune": "all", "head_start": "random"})):
+        train(DataArguments(dataset="digits", train_split_ratio=0.05, val_split_ratio=0.05, **data), ModelArguments(model_name="tiny"), TuneArguments(**tuning),
               training=TrainArguments(checkpoint_dir=str(tmp_path / name), no_tracking=True, epochs=1, mixed_precision="no"),
               features=FeatureArguments(cache_dir=str(tmp_path / "kept")), log=lambda line: None)
     assert list_entries(tmp_path / "kept") == []

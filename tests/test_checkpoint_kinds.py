@@ -236,3 +236,51 @@ def test_a_picture_exchanged_for_another_is_noticed(tmp_path):
     Image.new("RGB", (48, 48), "red").save(tmp_path / "moved" / "train" / "circle" / "2.png")
     with pytest.raises(UserError, match="the training images changed"):
         check_same_run(kept, load_and_prepare_dataset(DataArguments(str(tmp_path / "moved"))), run.model)
+
+
+def test_a_checkpoint_of_some_blocks_holds_those_and_the_head(images, tmp_path):
+    "Its fingerprint is of the rest: that may not change, while what learns does."
+    run = Run(images, tmp_path / "some")
+    norm = run.model.backbone.norm
+    norm.requires_grad_(True)
+    run.step()
+    best, last = (read_checkpoint(run.folder / name) for name in ("best.pt", "last.pt"))
+    assert set(last["model_state_dict"]) == {"head.weight", "head.bias", "backbone.norm.weight", "backbone.norm.bias"}
+    assert best["optimizer_state_dict"] == {} and last["optimizer_state_dict"]["state"]
+    check_same_run(last, run.data, run.model)
+    norm.weight.data += 1
+    check_same_run(last, run.data, run.model)
+    assert last["backbone_fingerprint"] not in (None, read_checkpoint_of_frozen(images, tmp_path)["backbone_fingerprint"])
+    run.model.backbone.embeddings.cls_token.data += 1
+    with pytest.raises(UserError, match="the backbone's weights changed"): check_same_run(last, run.data, run.model)
+
+
+def read_checkpoint_of_frozen(images, tmp_path):
+    run = Run(images, tmp_path / "frozen")
+    run.step()
+    return read_checkpoint(run.folder)
+
+
+def test_a_run_of_the_old_recipe_is_not_resumed(images, tmp_path):
+    "One rate for all layers: its optimizer does not fit the groups of today."
+    run = Run(images, tmp_path / "old", freeze_backbone=False)
+    run.step()
+    for name in ("best.pt", "last.pt"):
+        kept = read_checkpoint(run.folder / name)
+        kept["config"] = {key: value for key, value in kept["config"].items() if key != "tune"}
+        save_atomically(kept, run.folder / name)
+    with pytest.raises(UserError, match="trained with one rate for all layers, and cannot be resumed; predict can still use it"):
+        find_start(replace(run.arguments, resume=True), run.config | {"tune": "all"})
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_stays_one(tmp_path):
+    import pytest
+    from dinov3_nb.files import save_atomically
+
+    class Writer:  # as torch's, which fails when it closes a file that is not whole
+        def __reduce__(self):
+            try: raise KeyboardInterrupt
+            finally: raise RuntimeError("unexpected pos")
+
+    with pytest.raises(KeyboardInterrupt): save_atomically({"x": Writer()}, tmp_path / "cut.pt")
+    assert not list(tmp_path.iterdir())

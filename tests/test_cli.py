@@ -215,7 +215,17 @@ FLAGS = {
     "train_split_ratio": ("0.5",), "val_split_ratio": ("0.5",), "use_4bit": (), "epochs": ("2",), "batch_size": ("32",),
     "learning_rate": ("0.01",), "weight_decay": ("0.9",), "warmup_ratio": ("0.5",), "eval_every_steps": ("4",), "seed": ("7",),
     "head": ("mlp",), "dropout": ("0.5",), "pool": ("mean",), "image_size": ("64",), "gradient_accumulation_steps": ("2",),
-    "freeze_backbone": ("False",), "augment": ("crop_flip",), "mixed_precision": ("bf16",),
+    "freeze_backbone": ("False",), "augment": ("crop_flip",), "mixed_precision": ("bf16",), "mixup": ("0.4",), "cutmix": ("1.0",),
+    "label_smoothing": ("0.1",), "ema_decay": ("0.9",), "class_weights": ("balanced",), "logit_adjustment": ("1.0",),
+    "head_start": ("probe",),
+}
+
+# The same beside a rung on which each does something.
+TUNING = {
+    "tune": ("last", "all"), "head_start": ("last", "random"), "last_blocks": ("last", "1"), "layer_decay": ("last", "0.4"),
+    "backbone_learning_rate": ("last", "1e-3"), "backbone_weight_decay": ("last", "100"), "backbone_warmup_ratio": ("last", "0.9"),
+    "max_grad_norm": ("last", "1e-3"), "drop_path": ("last", "0.5"), "lora_rank": ("lora", "2"), "lora_alpha": ("lora", "64"),
+    "lora_dropout": ("lora", "0.5"), "dora": ("lora", "True"), "no_rope_rescale": ("all", "True"), "wise_ft": ("all", "True"),
 }
 
 
@@ -241,6 +251,35 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag_changes_the_run(flag, plain, tmp_path):
     assert small_run(tmp_path / "run", flag, FLAGS[flag]) != plain
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    "rung -> what a run on it leaves, with its defaults."
+    folder = tmp_path_factory.mktemp("tuned")
+    return {rung: small_run(folder / rung, "tune", (rung, "--train_split_ratio", "0.1")) for rung in ("last", "lora", "all")}
+
+
+@pytest.mark.parametrize("flag", TUNING)
+def test_flag_of_tuning_changes_the_run(flag, tuned, tmp_path):
+    rung, value = TUNING[flag]
+    words = (value,) if flag == "tune" else (rung, f"--{flag}", value)
+    assert small_run(tmp_path / "run", "tune", (*words, "--train_split_ratio", "0.1")) != tuned[rung]
+
+
+def test_a_ladder_as_json(tmp_path):
+    "Standard output holds JSON and nothing else; the log and the table go to the error output."
+    words = ("ladder", *TRAIN[1:], "--train_split_ratio", "0.1", "--epochs", "1", "--batch_size", "64", "--no_tracking", "--mixed_precision", "no",
+             "--checkpoint_dir", "rungs", "--rungs", "last", "--cache_dir", "cache")
+    done = command(*words, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert [rung["name"] for rung in shown["rungs"]] == ["probe", "last"] and shown["advice"] in done.stderr
+    assert json.loads((tmp_path / "rungs" / "ladder.json").read_text())["rungs"] == shown["rungs"]
+    again = command(*words, "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "is complete" in again.stdout and again.stdout.splitlines()[-1] == shown["advice"]
+    held = command(*words, cwd=tmp_path)
+    assert held.returncode == 2 and held.stderr.count("\n") == 1 and "holds a ladder already" in held.stderr
 
 
 @pytest.mark.parametrize("flag, value", [("bnb_4bit_quant_type", "fp4"), ("use_nested_quant", ""), ("bnb_4bit_compute_dtype", "float32")])

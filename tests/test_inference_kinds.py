@@ -18,6 +18,8 @@ from PIL import Image
 
 from dinov3_nb import UserError, load_classifier, train
 from dinov3_nb.cli import main
+from dinov3_nb.core import TuneArguments
+from dinov3_nb.files import read_checkpoint, save_atomically
 from dinov3_nb.pictures import BadImage, ReadError, list_image_files
 
 CLASSES = "Łódź", "日本"
@@ -232,7 +234,27 @@ def test_output_that_nobody_reads_any_more(run, files, monkeypatch):
     assert main(["predict", "--checkpoint", str(run / "run"), *map(str, files)]) == 0
 
 
-HEAVY = set("datasets sklearn scipy pandas pyarrow accelerate bitsandbytes matplotlib trackio timm".split())
+RUNGS = {"head": {}, "last": {"last_blocks": 1, "drop_path": 0.1}, "lora": {"lora_rank": 2}, "all": {"drop_path": 0.1}}
+
+
+@pytest.mark.parametrize("tune, older", [("head", False), ("last", False), ("lora", False), ("all", False), ("head", True), ("all", True)])
+def test_what_each_rung_has_tuned_comes_back(run, tune, older, tmp_path):
+    "Files from before there were rungs say only whether the backbone was frozen."
+    start = {} if tune == "head" else {"head_start": "random"}
+    state = train(dataset=run / "images", num_workers=0, model_name="tiny", tune=tune, epochs=1, mixed_precision="no",
+                  no_tracking=True, checkpoint_dir=tmp_path, log=lambda line: None, **RUNGS[tune], **start)
+    file = tmp_path / "last.pt"
+    if older:
+        kept, names = read_checkpoint(file), TuneArguments.__dataclass_fields__
+        save_atomically({**kept, "config": {k: v for k, v in kept["config"].items() if k not in names}}, file)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = load_classifier(file, "cpu").model
+    with torch.no_grad(): assert torch.equal(model(pixels).logits, state.model.eval()(pixels).logits)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [n for n, p in state.model.named_parameters() if p.requires_grad]
+    assert not model.training
+
+
+HEAVY = set("datasets sklearn scipy pandas pyarrow accelerate bitsandbytes matplotlib trackio timm peft".split())
 LATER = set("data training probe sources tables run evaluation".split())
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +17,17 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import DatasetDict
 from helpers import make_image_folder
 
-from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError, processes, run, train, training
+from dinov3_nb import DataArguments, ModelArguments, TrainArguments, TuneArguments, UserError, processes, run, train, training
 from dinov3_nb.backbone import load_processor
 from dinov3_nb.core import FeatureArguments, make_settings
 from dinov3_nb.data import load_and_prepare_dataset
+from dinov3_nb.features import extract_features
 from dinov3_nb.files import read_checkpoint
 from dinov3_nb.images import EpochSampler
+from dinov3_nb.losses import choose_learning
 from dinov3_nb.sources import load_digits_dataset
 from dinov3_nb.model import build_classifier
-from dinov3_nb.run import Loaded, _opening_lines
+from dinov3_nb.run import Loaded, _opening_lines, _plan_of_run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used a GPU cannot be forked")
 
@@ -131,14 +134,15 @@ class Still:
 def whole(tensor): return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_run(digits, folder, data={}, model={}, kept=None, cache_features="auto", still=True, **changes):
+def whole_run(digits, folder, data={}, model={}, tune={}, kept=None, cache_features="auto", still=True, **changes):
     "A run as its user starts it: the log, the curves, and where the schedule ended."
     lines, features = [], FeatureArguments(cache_dir=str(kept or folder.parent / "kept"), cache_features=cache_features)
     with Still() if still else contextlib.nullcontext():
         state = train(DataArguments(dataset="mine", **data), ModelArguments(**MODEL, **model), training=quick(folder, **changes), dataset=digits,
-                      features=features, log=lines.append)
-    curves = [{name: value for name, value in h.items() if name != "images_per_second"} for h in state.history]
+                      features=features, tuning=TuneArguments(**tune), log=lines.append)
+    curves = [{name: value for name, value in h.items() if name != "images_per_second" and value is not None} for h in state.history]
     weights = [whole(state.model.head.weight).tolist()]
+    if tune: weights += [whole(p).tolist() for p in state.model.backbone.parameters() if p.requires_grad]
     if "freeze_backbone" in model: weights += [whole(state.model.backbone.get_parameter(name)).tolist() for name in ("norm.weight", "embeddings.cls_token")]
     return dict(lines=lines, curves=curves, step=state.step, total_steps=state.total_steps, weight=weights[0], weights=weights,
                 schedule=state.scheduler.last_epoch, rate=state.scheduler.get_last_lr()[0], base=state.scheduler.base_lrs[0])
@@ -158,12 +162,13 @@ class Cut(Exception): pass
 
 
 def cut_and_resumed(digits, folder, **given):
-    "A run that stops in the second validation, so after step 1 as far as its checkpoint knows, and goes on from there."
+    "A run that stops in the validation of its second step, so after step 1 as far as its checkpoint knows, and goes on from there."
     score, calls = training.score, []
+    at = 3 if given.get("tune") or given.get("model", {}).get("freeze_backbone") is False else 2  # these validate before their first step
 
     def stop(*parts):
         calls.append(parts)
-        if len(calls) == 2: raise Cut
+        if len(calls) == at: raise Cut
         return score(*parts)
     training.score = stop
     try: whole_run(digits, folder, **given)
@@ -175,12 +180,14 @@ def cut_and_resumed(digits, folder, **given):
 # 96 images: in steps of 16 each process has as many; in steps of 40 the last of three has 16, 10 and 6 of them
 UNEVEN = dict(batch_size=10, gradient_accumulation_steps=2, eval_every_steps=1)
 LEARNS = dict(freeze_backbone=False)
+LAST, ADAPTERS = dict(tune="last", last_blocks=1), dict(tune="lora", lora_rank=2)
 RESUMED = {  # runs that stop in the middle of an epoch
     "kept features": {},
     "images": dict(cache_features="never"),
     "changed images": dict(data=dict(augment="crop_flip")),
     "a trained backbone": dict(model=LEARNS, still=False),
     "a trained backbone and changed images": dict(model=LEARNS, data=dict(augment="crop_flip"), still=False),
+    "the last blocks": dict(tune=LAST), "adapters": dict(tune=ADAPTERS),
 }
 EQUAL = {  # what two processes with 8 images each do as one with 16; (images, given)
     "none left over": (96, {}), "a short batch": (90, {}), "a process without images": (82, {}), "one image": (81, {}),
@@ -190,6 +197,7 @@ EQUAL = {  # what two processes with 8 images each do as one with 16; (images, g
     "images, a short batch": (90, dict(cache_features="never")),
     "changed images, a process without": (82, dict(data=dict(augment="crop_flip"))),
     "a trained backbone": (96, dict(model=LEARNS, epochs=1)),
+    "the last blocks": (90, dict(tune=LAST, epochs=1)), "adapters, one image": (65, dict(tune=ADAPTERS, epochs=1)),
     "a trained backbone, accumulated, one image": (65, dict(model=LEARNS, epochs=1, gradient_accumulation_steps=2)),
 }
 
@@ -249,6 +257,13 @@ def in_shards(digits, folder):
     return parts, resumed, copies, on_disk(folder / "shards"), on_disk(folder / "copies")
 
 
+def averages_in_shards(digits, folder):
+    "What a run says that would average a model in parts."
+    with Shards():
+        try: whole_run(digits, folder, model=LEARNS, ema_decay=0.9)
+        except UserError as error: return str(error)
+
+
 def skipping(folder, batch_size):
     "Two epochs without the images that cannot be read: some of the first step, all of the second."
     lines, given = [], quick(folder, batch_size=batch_size, eval_every_steps="epoch")
@@ -261,13 +276,30 @@ def skipping(folder, batch_size):
     return curves, state.model.head.weight.tolist(), sorted(line for line in lines if "skipped" in line)
 
 
+LEARNING = dict(class_weights="balanced", logit_adjustment=0.5, label_smoothing=0.1, ema_decay=0.9, metric="macro_f1")
+
+
+def learnt_otherwise(data, processor, batch_size, **changes):
+    "A head by class weights, shortened gradients and an average of its weights: the curves, both sets of weights, how many updates."
+    given = TrainArguments(epochs=2, batch_size=batch_size, learning_rate=1e-2, mixed_precision="no", eval_every_steps="epoch", **{**LEARNING, **changes})
+    torch.manual_seed(0)
+    model = build_classifier(ModelArguments(**MODEL), data.class_names)
+    features = {name: extract_features(model.backbone, data.rows(name), processor) for name in ("train", "validation")}
+    how = replace(choose_learning(given, data.labels["train"], 10), max_grad_norm=0.5)
+    state = training.fit(model, *training.make_feature_loaders(data, features, "cls", given), given, log=lambda line: None, how=how)
+    curves = [{name: value for name, value in h.items() if name != "images_per_second"} for h in state.history]
+    sides = state.average.state_dict()
+    return curves, [sides[side]["head.weight"].tolist() for side in ("mean", "weights")], sides["updates"], model.head.weight.tolist()
+
+
 def everything(digits, data, processor, folder):
     "All that the tests below look at, so that two processes are started once."
     resumed = {name: (whole_run(digits, folder / f"{name} whole", **UNEVEN, **with_dropout(given)),
                       cut_and_resumed(digits, folder / f"{name} cut", **UNEVEN, **with_dropout(given))) for name, given in RESUMED.items()}
     return dict(run=whole_run(digits, folder / "two"), equal=equal_runs(digits, folder / "equal two", 8), resumed=resumed,
                 seeds=seeds_drawn(digits, folder / "seeds"), auto=whole_run(digits, folder / "auto", learning_rate="auto", epochs=1),
-                scored=scored(data, processor), shards=in_shards(digits, folder), skipping=skipping(folder / "pictures", 4))
+                scored=scored(data, processor), shards=in_shards(digits, folder), skipping=skipping(folder / "pictures", 4),
+                otherwise=learnt_otherwise(data, processor, 10), unaveraged=averages_in_shards(digits, folder / "no average"))
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +400,23 @@ def test_a_model_in_shards_is_trained_and_saved_as_a_whole_one(both):
         assert saved[0] == parts["weights"] and saved[1:] == saved_copies[1:] and saved[2]
 
 
+def test_weighed_losses_and_averages_are_those_of_one_process(parts, both):
+    "96 images in steps of 20: in the last one the second process has 6, and the classes of a step fall on both."
+    reset_accelerate()
+    curves, sides, updates, weight = learnt_otherwise(parts.data, parts.processor, 20)
+    plain = learnt_otherwise(parts.data, parts.processor, 20, class_weights="none")
+    assert updates == 10 and weight == sides[0] and not close(weight, plain[3], 1e-3)
+    for result in both:
+        theirs, their_sides, their_updates, their_weight = result["otherwise"]
+        assert their_updates == updates and their_weight == their_sides[0]
+        for two, one in zip(their_sides, sides): assert close(two, one)
+        for a, b in zip(theirs, curves, strict=True): assert close([a[key] for key in b], [b[key] for key in b], 1e-4), (a, b)
+
+
+def test_an_average_of_a_model_in_shards_is_refused(both):
+    for result in both: assert result["unaveraged"] == "--ema_decay cannot average a model in shards (FSDP): leave it out, or give each process the whole model."
+
+
 def test_images_that_cannot_be_read_hold_up_nobody(parts, both):
     "One process has none in the first step, both have none in the second."
     reset_accelerate()
@@ -417,5 +466,5 @@ def test_opening_lines_count_processes(parts):
     model = build_classifier(ModelArguments(**MODEL), parts.data.class_names)
     accelerator = SimpleNamespace(device="cpu", mixed_precision="no", num_processes=3)
     settings = make_settings(dataset="mine", epochs=5, batch_size=8, gradient_accumulation_steps=2, **MODEL)
-    lines = _opening_lines(settings, Loaded(parts.data, None, model), accelerator)
+    lines = [line for part in (_opening_lines, _plan_of_run) for line in part(settings, Loaded(parts.data, None, model), accelerator)]
     assert "Total steps: 10 (5 epochs of 2)" in lines  # 96 images, 48 a step

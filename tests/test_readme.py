@@ -34,6 +34,7 @@ def expectation(line):
     if line.startswith(f"{INSTALL_AND_TRAIN}dinov3-nb train "): line = line.removeprefix(INSTALL_AND_TRAIN)
     words = shlex.split(line, comments=True)
     if words[:1] != ["dinov3-nb"] or set(line) & set("|;&<>$`"): raise ValueError(f"no rule for this line: {line}")
+    if words[1:2] == ["ladder"]: words += ["--epochs", "1"]  # of five, which take minutes
     own = "--model_name tiny" in line or "--checkpoint mine" in line
     if own: return words, "works"
     if words[1:2] == ["train"]: return words, "refused"

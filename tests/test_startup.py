@@ -34,7 +34,7 @@ def test_light_commands(arguments, tmp_path):
     assert printed
 
 
-@pytest.mark.parametrize("command", ["train", "probe"])
+@pytest.mark.parametrize("command", ["train", "probe", "ladder"])
 def test_the_help_of_a_command_with_many_flags(command, tmp_path):
     "transformers' parser turns fields into flags; nothing else of transformers is imported, and no PyTorch."
     loaded, printed = loaded_by(command, "--help", cwd=tmp_path)

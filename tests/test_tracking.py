@@ -17,7 +17,7 @@ from dinov3_nb.checkpoint import find_start
 from dinov3_nb.tracking import choose_tracker, name_run
 
 QUICK = dict(dataset="digits", model_name="tiny", epochs=1, batch_size=64, train_split_ratio=0.2, eval_every_steps=2, mixed_precision="no")
-FIGURES = {"train_loss", "val_loss", "val_acc", "learning_rate", "images_per_second"}
+FIGURES = {"train_loss", "val_loss", "val_acc", "learning_rate", "images_per_second", "macro_f1", "balanced_accuracy"}
 
 
 class Cut(Exception): pass

@@ -20,6 +20,7 @@ from dinov3_nb.cli import main
 from dinov3_nb.core import FeatureArguments
 from dinov3_nb.features import Features, _WholeBatch, feature_loader
 from dinov3_nb.images import EpochSampler
+from dinov3_nb.losses import Learning, make_mix
 from dinov3_nb.optimizer import make_accelerator
 from dinov3_nb.training import TrainingState, _restore, fit
 
@@ -289,3 +290,90 @@ def test_a_lost_worker_ends_training_with_a_sentence(how, remedy):
     "accelerate puts a loader of its own in the place of ours."
     lost = torch.utils.data.DataLoader(Lost(how), 8, sampler=EpochSampler(IMAGES, 0), num_workers=1, multiprocessing_context="fork", collate_fn=_WholeBatch())
     with pytest.raises(UserError, match=remedy): fit(Head(), lost, loaders()[1], arguments(), log=lambda line: None)
+
+
+def quietly(model, given, **learning):
+    return fit(model, *loaders(), given, make_accelerator(given), log=lambda line: None, how=Learning(**learning))
+
+
+def test_an_average_moves_only_where_the_weights_do(monkeypatch):
+    "A step that the gradient scaler skips is none."
+    given, moved, weights = arguments(ema_decay=0.9), [], [Head().layer.weight.detach()]
+
+    def save(state, is_best):
+        weights.append(state.average.state_dict()["weights"]["layer.weight"].clone())
+        moved.append(not torch.equal(*weights[-2:]))
+    state = fit(Head(), *loaders(), given, scaled_accelerator(given, OVERFLOWS), save=save, log=lambda line: None)
+    assert 0 < moved.count(True) < 16 and state.average.updates == moved.count(True)
+
+
+def test_a_loss_of_ones_own_gets_float32_and_no_autocast():
+    seen = []
+
+    def loss(logits, labels):
+        seen.append((logits.dtype, torch.is_autocast_enabled("cpu"), len(labels)))
+        return F.cross_entropy(logits, labels)
+    quietly(Head(), arguments(epochs=1, mixed_precision="bf16"), loss=loss)
+    assert set(seen) == {(torch.float32, False, 8)}
+    own, plain = (quietly(Head(), arguments(), **how).model.layer.weight for how in (dict(loss=F.cross_entropy), {}))
+    assert torch.equal(own, plain)
+
+
+def test_an_optimizer_of_ones_own_and_gradients_of_a_length():
+    "A step of plain gradient descent is as long as the gradient, times the rate."
+    def descent(model): return torch.optim.SGD(model.parameters(), lr=1.0)
+    for longest in (1e-3, 0.1):
+        given = arguments(epochs=1, batch_size=8, warmup_ratio=0.0)
+        before, after = Head(), []
+
+        def save(state, is_best): after.append(torch.cat([p.detach().flatten().clone() for p in state.model.parameters()]))
+        fit(before, *loaders(), given, save=save, log=lambda line: None, how=Learning(optimizer=descent, max_grad_norm=longest))
+        start = torch.cat([p.detach().flatten() for p in Head().parameters()])
+        assert (after[0] - start).norm().item() == pytest.approx(longest, rel=1e-3)
+
+
+def test_kept_features_are_not_mixed():
+    with pytest.raises(UserError, match="--mixup and --cutmix mix images, and these batches hold features: give loaders of images"):
+        quietly(Head(), arguments(), mix=make_mix(arguments(mixup=0.2), 3))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "balanced_accuracy"])
+def test_the_metric_says_what_is_best(metric, monkeypatch):
+    "The three figures of five validations, each with its best in another place."
+    figures = {"accuracy": [0.5, 0.9, 0.3, 0.3, 0.3], "macro_f1": [0.5, 0.4, 0.8, 0.3, 0.8], "balanced_accuracy": [0.1, 0.2, 0.3, 0.4, 0.3]}
+    calls, best, lines = itertools.count(), [], []
+
+    def made_up(*given):
+        number = next(calls)
+        return training.Scores(1.0, figures["accuracy"][number], 1.0, [], 64, [], figures["macro_f1"][number], figures["balanced_accuracy"][number])
+    monkeypatch.setattr(training, "score", made_up)
+    given = arguments(epochs=5, eval_every_steps="epoch", metric=metric)
+    state = fit(Head(), *loaders(), given, save=lambda state, is_best: best.append(is_best), log=lines.append)
+    values = figures[metric]
+    assert best == [value > max(values[:i], default=-1) for i, value in enumerate(values)] and state.best_acc == max(values)
+    assert [entry["val_acc"] for entry in state.history] == figures["accuracy"]
+    told = [line for line in lines if line.startswith("[epoch")]
+    assert all(line.endswith("%") and (metric == "accuracy" or f" {metric}={value:.2%}" in line) for line, value in zip(told, values, strict=True))
+    assert metric == "accuracy" or all(line.count("=") == 4 for line in told)
+    assert f"Saved new best model with {metric}: {max(values):.2%}" in lines
+
+
+@pytest.mark.parametrize("values, patience, stops_after", [
+    ([1, 2, 3, 4, 5], 1, 5), ([2, 1, 3, 3, 3], 1, 2), ([2, 1, 3, 3, 3], 2, 5), ([2, 2, 2, 2, 2], 3, 4), ([2, 1, 1, 3, 1], None, 5)])
+def test_patience_counts_validations_without_a_better_one(values, patience, stops_after, monkeypatch):
+    calls = iter(values)
+    monkeypatch.setattr(training, "score", lambda *given: training.Scores(1.0, next(calls) / 10, 1.0, [], 64, [], 0.0, 0.0))
+    lines = []
+    state = fit(Head(), *loaders(), arguments(epochs=5, eval_every_steps="epoch", patience=patience), log=lines.append)
+    assert len(state.history) == stops_after
+    assert len([line for line in lines if line.startswith("Stopped at step ")]) == (patience is not None and stops_after - 1 - values[:stops_after].index(max(values[:stops_after])) >= patience)
+
+
+def test_the_first_score_is_that_of_the_start():
+    model, lines, tracked = Head(), [], []
+    given = arguments(epochs=1, eval_every_steps="epoch")
+    state = fit(model, *loaders(), given, track=lambda figures, step: tracked.append((step, figures)), log=lines.append, how=Learning(score_first=True))
+    untouched = fit(Head(), *loaders(), given, log=lambda line: None)
+    assert [entry["step"] for entry in state.history] == [0, 8] and lines[0].startswith("[epoch 0 | step 0] val_loss=")
+    assert "train_loss" not in tracked[0][1] and "train_loss" in tracked[1][1] and tracked[0][0] == 0
+    assert torch.equal(state.model.layer.weight, untouched.model.layer.weight)  # a look changes nothing
