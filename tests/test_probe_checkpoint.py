@@ -213,7 +213,9 @@ def test_a_run_on_a_dataset_of_your_own_names_the_call(ridge_alone, tmp_path, mo
                                    dict(freeze_backbone=False, epochs=1, batch_size=256)], ids=lambda given: next(iter(given)))
 def test_other_runs_end_as_before(given, tmp_path):
     "One that is as good as the probe, and those without kept features."
-    assert lines_of(checkpoint_dir=str(tmp_path / "run"), **given)[-1].startswith("Done: ")
+    lines = lines_of(checkpoint_dir=str(tmp_path / "run"), **given)
+    if lines[-1].startswith("No validation was better than the first"): lines.pop()  # the tuned one begins with a probe's head
+    assert lines[-1].startswith("Done: ")
 
 
 def test_a_small_validation_set_says_nothing():
