@@ -48,6 +48,18 @@ def frozen_run(r):
     return f"{table(head, rows)}\n\n{said}"
 
 
+def report(r):
+    "Seconds and memory of each part."
+    rows = [[p["part"].replace("_", " "), f"{p['seconds']:.1f}", f"{p['peak_megabytes']:,.0f}"] for p in r["parts"]]
+    rows.append(["together", f"{r['seconds']:.1f}", f"{r['peak_megabytes']:,.0f}"])
+    train, validation, width = r["shape"]
+    f = r["found"]
+    said = (f"{train:,} training and {validation:,} validation images, width {width}. Of {f['planted']} pictures that occur "
+            f"twice {f['copies']} were found; of the first doubtful labels {f['doubtful']:.1%} are wrong; the page has "
+            f"{f['page_bytes'] / 1e6:.1f} MB. Neighbours are found {f['ratio']:.1f} times as fast as by sorting. {conditions(r)}")
+    return f"{table(['part', 'seconds', 'peak MB'], rows)}\n\n{said}"
+
+
 def forward(r):
     "Three tables: the backbone, preprocessing, the whole pass."
     name = {"no": "float32", "bf16": "bfloat16 autocast"}
@@ -176,7 +188,7 @@ def main():
         each_epoch = result["benchmark"] == "frozen_run" and arguments["eval_every_steps"] == 47  # of 376 images
         name = result["benchmark"] + ("_pair" if arguments.get("pair") else "_epoch" if each_epoch else "")
         made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu, "store": store, "shared_pass": shared_pass,
-                "startup": startup, "prepare": prepare, "probes": probes, "ladder_last": ladder_last,
+                "startup": startup, "prepare": prepare, "probes": probes, "report": report, "ladder_last": ladder_last,
                 "ladder_lora": ladder_tuned, "ladder_all": ladder_tuned}[result["benchmark"]](result)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)

@@ -153,13 +153,16 @@ def replace_run(
 ) -> None:
     "Put the first checkpoint of a new run in the place of an older run."
     save_atomically(checkpoint, folder / "new.pt")
-    for name in ("last.pt", "wise_ft.pt"): (folder / name).unlink(missing_ok=True)
+    others = [folder / name for name in ("last.pt", "wise_ft.pt", "report.html")]
+    for pattern in ("report-*.html", "*.calibration.safetensors"):
+        others += folder.glob(pattern)
+    for old in others: old.unlink(missing_ok=True)
     os.replace(folder / "new.pt", folder / "best.pt")
 
 # %% ../nbs/11_checkpoint.ipynb #8994c62f
 _MAY_DIFFER = {
-    "checkpoint_dir", "resume", "overwrite", "num_workers", "project_name", "report_to",
-    "no_tracking", "on_bad_image", "cache_features", "cache_dir", "cache_limit"}
+    "checkpoint_dir", "resume", "overwrite", "report", "num_workers", "project_name",
+    "report_to", "no_tracking", "on_bad_image", "cache_features", "cache_dir", "cache_limit"}
 
 
 def _differences(

@@ -287,6 +287,9 @@ class TrainArguments:
         "finished run is left as it is")
     overwrite: bool = argument(False,
         "start anew in a --checkpoint_dir that holds a run already, replacing it")
+    report: bool = argument(False,
+        "when the run is over, write report.html beside best.pt: mistakes, doubtful "
+        "labels, duplicates, how sure it is")
     project_name: str = argument("dinov3",
         "project that the curves are written to")
     report_to: Literal["trackio", "tensorboard", "wandb", "none"] = argument("trackio",

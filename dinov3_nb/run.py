@@ -38,6 +38,7 @@ from dinov3_nb.data import (
 from .features import Features, KeptRows, PassOptions, extract_features
 from .files import load_weights
 from .images import refuse_in_spawned_import
+from .last_look import last_figures
 from .losses import Learning
 from .model import build_classifier
 from .optimizer import make_accelerator
@@ -46,7 +47,8 @@ from dinov3_nb.quantization import (
     count_parameters, memory_lines, peak_memory, quantization_config,
 )
 from .records import cache_folder
-from .tracking import choose_tracker, name_run, track_run
+from .report import report
+from .tracking import choose_tracker, log_figures, name_run, track_run
 from dinov3_nb.training import (
     TrainingState, begin_run, finish_run, fit, make_feature_loaders, make_loaders,
 )
@@ -84,6 +86,7 @@ def train(
     if start and is_complete(start):
         state = _finished_state(settings, model, accelerator, start, log, how)
         choose_weights()  # if it was stopped before
+        _report(settings, dataset, log)
         return state
     for line in _plan_of_run(settings, loaded, accelerator): log(line)
     if start:
@@ -99,6 +102,9 @@ def train(
     with track_run(accelerator, settings.training, config) as track:
         state = fit(model, *loaders, settings.training, accelerator, start,
                     save, track, log, how)
+        if choose_tracker(settings.training):
+            kept = loaders[1], loaded.data, accelerator, features
+            log_figures(accelerator, last_figures(model, *kept), state.step)
     if peak := peak_memory():
         log(f"CUDA memory, peak of the run: {peak / 1e6:,.1f} MB (measured)")
     log(f"Done: best {settings.training.metric} {state.best_acc:.2%}, "
@@ -109,6 +115,7 @@ def train(
         accuracy = max(point["val_acc"] for point in state.history)
         advice = suggest_probe(settings, features, loaded.data, accuracy)
         if advice: log(advice)
+    _report(settings, dataset, log)
     return state
 
 # %% ../nbs/15_run.ipynb #9638f359
@@ -385,6 +392,18 @@ def _choose_log(
     "The log that was given, or the screen; of several processes one speaks."
     if log: return log
     return _print_line if accelerator.is_local_main_process else lambda line: None
+
+# %% ../nbs/15_run.ipynb #1c59cc44
+def _report(
+    settings: Settings,
+    dataset: Any,  # your own; None: the one that is named
+    log: Callable[[str], None],
+) -> None:
+    "Write the report of a run, if it was asked for."
+    if not settings.training.report: return
+    own = {} if dataset is None else {"dataset": dataset}
+    report(Path(settings.training.checkpoint_dir) / "best.pt", log=log,
+           num_workers=settings.data.num_workers, **own)
 
 # %% ../nbs/15_run.ipynb #116c2a18
 def probe(

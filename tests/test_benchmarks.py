@@ -84,6 +84,12 @@ def test_probes(benchmark):
     assert abs(found["logistic"]["accuracy"] - found["plain"]["accuracy"]) < 0.05
 
 
+def test_report(benchmark):
+    code, result = benchmark("report", "--dry_run")
+    assert code == 0 and len(result["parts"]) == 9 and result["peak_megabytes"] > 0
+    assert result["found"]["copies"] == result["found"]["planted"] == 40 and result["found"]["page_bytes"] < 5e6
+
+
 def test_operations_of_a_probe(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from probes import operations

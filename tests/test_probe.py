@@ -111,10 +111,10 @@ def test_ridge_goes_on_below_its_grid(blobs):
 
 def test_neighbours_in_tiles_are_those_of_one_search(blobs, monkeypatch):
     features, labels, queries, _ = blobs
-    whole = probe._find_nearest(features, queries, 20, features.device)
+    whole = probe.find_nearest(features, queries, 20, features.device)
     monkeypatch.setattr(probe, "_TILE", 64)
     monkeypatch.setattr(probe, "_QUERIES", 33)
-    values, rows = probe._find_nearest(features, queries, 20, features.device)
+    values, rows = probe.find_nearest(features, queries, 20, features.device)
     assert torch.equal(rows, whole[1]) and torch.allclose(values, whole[0], atol=1e-6)
     direct = torch.cosine_similarity(queries[:, None], features[None], dim=2).topk(20)
     assert torch.equal(rows, direct.indices)

@@ -63,7 +63,8 @@ def test_trackio_goes_on_with_its_own_curve(session, tmp_path, capsys):
     assert name.startswith("a-run-") and session(resume=True) == name
     run, = trackio.Api().runs(tmp_path.name)
     logs = SQLiteStorage.get_logs(tmp_path.name, run.name)
-    assert run.name == name and [entry["step"] for entry in logs] == [2, 4, 5] and FIGURES <= set(logs[0])
+    assert run.name == name and [entry["step"] for entry in logs] == [2, 4, 5, 5] and FIGURES <= set(logs[0])
+    assert {logs[-1][name]["_type"] for name in ("confusion", "mistakes")} == {"trackio.image"}
     assert run.config["epochs"] == 1 and run.config["dataset"] == "digits"
     assert "rackio" not in "".join(capsys.readouterr())
 
@@ -80,13 +81,14 @@ def test_wandb_is_told_the_same_run_again(session, installed, monkeypatch, tmp_p
     fake = ModuleType("wandb")
     fake.init = lambda **given: begun.append(given) or SimpleNamespace(
         log=lambda values, step: logged.append((step, set(values))), finish=lambda: ended.append(1))
+    fake.Image = lambda image: image
     monkeypatch.setitem(sys.modules, "wandb", fake)
     installed("wandb")
     name = session(stop=2, report_to="wandb")
     assert session(resume=True, report_to="wandb") == name
     assert [(b["project"], b["id"], b["name"], b["resume"]) for b in begun] == [(tmp_path.name, name, name, "allow")] * 2
     assert begun[0]["config"]["batch_size"] == 64 and begun[0]["config"]["run_name"] == name
-    assert logged == [(step, FIGURES) for step in (2, 4, 5)] and len(ended) == 2
+    assert logged == [(step, FIGURES) for step in (2, 4, 5)] + [(5, {"confusion"}), (5, {"mistakes"})] and len(ended) == 2
 
 
 def test_tensorboard_gets_the_same_folder_again(session, installed, monkeypatch):
@@ -94,9 +96,10 @@ def test_tensorboard_gets_the_same_folder_again(session, installed, monkeypatch)
         def __init__(self, folder): self.folder = folder; opened.append(folder)
         def add_hparams(self, values, metric_dict): settings.append(values)
         def add_scalar(self, name, value, global_step): scalars.append((name, global_step))
+        def add_images(self, name, values, global_step, dataformats): drawn.append((name, values.ndim, global_step, dataformats))
         def flush(self): pass
         def close(self): closed.append(self.folder)
-    opened, settings, scalars, closed = [], [], [], []
+    opened, settings, scalars, closed, drawn = [], [], [], [], []
     fake = ModuleType("tensorboardX")
     fake.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
@@ -106,6 +109,7 @@ def test_tensorboard_gets_the_same_folder_again(session, installed, monkeypatch)
     name = session(stop=2, report_to="tensorboard")
     assert session(resume=True, report_to="tensorboard") == name
     assert opened == closed == [str(session.folder / "tensorboard" / name)] * 2
+    assert drawn == [("confusion", 4, 5, "NHWC"), ("mistakes", 4, 5, "NHWC")]
     assert len(settings) == 1 and settings[0]["batch_size"] == 64  # once, not once a session
     assert [step for figure, step in scalars if figure == "val_loss"] == [2, 4, 5] and {figure for figure, _ in scalars} == FIGURES
 
