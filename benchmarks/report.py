@@ -191,7 +191,7 @@ def main():
     parts, found = run(*shape)
     seconds, memory = sum(part["seconds"] for part in parts), peak_megabytes()
     print(f"{'together':<20}{seconds:8.1f} s{memory:8,.0f} MB")
-    write_json(given.json, {"benchmark": "report", "machine": describe_machine(), "shape": shape, "parts": parts, "found": found,
+    write_json(given.json, {"benchmark": "report", "machine": describe_machine(), "arguments": {"dry_run": given.dry_run}, "shape": shape, "parts": parts, "found": found,
                             "seconds": seconds, "peak_megabytes": memory})
     return 0
 

@@ -7,7 +7,7 @@ __all__ = ['Findings', 'examine', 'Trust']
 
 # %% ../nbs/13_findings.ipynb #69d5164d
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def examine(
         every, places, neighbours,
         doubtful_labels(neighbours, torch.as_tensor(every.labels), classes),
         find_copies(every, gathered.asked.classifier, seed), trust, calibration,
-        None if calibration is None else calibration.distances(scored.features),
+        None if calibration is None else _distances(calibration, gathered),
         _draw_up_map(every, places[[mistake.row for mistake in mistakes]], seed))
 
 # %% ../nbs/13_findings.ipynb #4c855edd
@@ -197,6 +197,19 @@ def _calibrate(
     bank, threshold = fit_familiar(gathered.known.features, seed=seed)
     digest = head_digest(gathered.asked.classifier.model)
     return Calibration(temperature.value, bank, threshold, 10, digest)
+
+
+def _distances(
+    calibration: Calibration,
+    gathered: Gathered,
+) -> torch.Tensor:  # (scored,)
+    "How far scored images are from training images other than themselves."
+    features = gathered.scored.features
+    distances, own = calibration.distances(features), _rows_in_known(gathered) >= 0
+    if own.any():
+        one_more = replace(calibration, k=calibration.k + 1)
+        distances[own] = one_more.distances(features[own])
+    return distances
 
 # %% ../nbs/13_findings.ipynb #d18d6f64
 _MISTAKES_SHOWN = 1000  # of the 2,000 points of a map, at most

@@ -222,14 +222,15 @@ style="--part: {{ (count / all if all else 0)|part }}"></span></td></tr>
 FAMILIAR = """
 {% call section("familiar", "A classifier names anything, also what is none of its classes. How "
   "far an image is from those it has learned from tells you when not to listen.", familiar) %}
+{% set digits = 5 if familiar.threshold and familiar.threshold < 0.01 else 3 %}
 {{ paragraphs(familiar.text) }}
 {{ stats([("Familiar images", familiar.share|percent),
-  ("Familiar up to a distance of", familiar.threshold|decimal(3))]) }}
+  ("Familiar up to a distance of", familiar.threshold|decimal(digits))]) }}
 {{ drawing(familiar.figure, "Distances of images to those that were learned from") }}
 {% if familiar.least %}<h3>The least familiar, with their distance</h3>
 <ul class="gallery">
 {% for one in familiar.least %}
-<li>{{ picture(one.picture, "middle") }}{{ one.distance|decimal(3) }}
+<li>{{ picture(one.picture, "middle") }}{{ one.distance|decimal(digits) }}
 {% if pictures[one.picture].said >= 0 %}<br>said {{ class(pictures[one.picture].said) }}
 {% endif %}</li>
 {% endfor %}
