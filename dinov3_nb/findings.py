@@ -14,18 +14,17 @@ import torch
 
 from .calibration import Calibration, fit_familiar, head_digest
 from .gather import Gathered, Pictures, together
-from .maps import Layout, lay_out
+from .maps import Layout, check_finite, lay_out
 from .merit import Merit, figures_of_merit
 from dinov3_nb.neighbours import (
-    Doubtful, Mistake, Neighbours, doubtful_labels, find_mistakes, find_neighbours,
-    leave_one_out, mistaken_rows, most_queries,
+    Doubtful, Mistake, Neighbours, doubtful_labels, draw_queries, find_mistakes,
+    find_neighbours, leave_one_out, mistaken_rows,
 )
 from dinov3_nb.reliability import (
     Reliability, SetSummary, Temperature, coverage_curve, fit_temperature,
     measure_reliability, summarize_sets,
 )
 from .scores import Scores, score
-from .core import UserError
 from .copies import Copies, find_copies
 
 # %% ../nbs/13_findings.ipynb #f37e9b57
@@ -70,17 +69,18 @@ def examine(
     scored, known = gathered.scored, gathered.known
     labels, classes = torch.as_tensor(scored.labels), scored.logits.shape[1]
     compared = scored if known is None else known
-    _check_finite(scored, compared)
+    for group in (scored, compared): check_finite(group.features, len(group))
     near = _near_mistakes(gathered)
     trust = _find_trust(scored.logits, labels)
     told = scored.logits / trust.temperature.value  # as sure as `predict` will be
     mistakes = find_mistakes(told, labels, near, torch.as_tensor(compared.labels))
     every, places = _every_picture(gathered)
-    asked = _choose_asked(every, places, _device(gathered), seed)
+    shape, device = every.features.shape, _device(gathered)
+    asked = draw_queries(*shape, device, seed=seed, first=places)
     if len(asked) < len(every):
         log(f"Neighbours: {len(asked):,} of {len(every):,} images are asked about, all "
             "others may be among the answers; more would take long here.")
-    neighbours = leave_one_out(every.features, 50, _device(gathered), asked)
+    neighbours = leave_one_out(every.features, 50, device, asked)
     calibration = _calibrate(gathered, trust.temperature, seed)
     return Findings(
         gathered, score(scored.logits, labels, scored.unread),
@@ -93,17 +93,6 @@ def examine(
 
 # %% ../nbs/13_findings.ipynb #4c855edd
 _VOTERS = 20  # neighbours that say what an image may be
-
-
-def _check_finite(
-    *groups: Pictures,
-) -> None:
-    "Stop at features that are no numbers: they are like nothing, and nothing is like them."
-    for pictures in groups:
-        broken = int((~pictures.features.isfinite().all(1)).sum())
-        if broken == 0: continue
-        raise UserError(f"The features of {broken:,} of {len(pictures):,} images are not all "
-                        "finite: try --mixed_precision no.")
 
 
 def _device(
@@ -146,20 +135,6 @@ def _every_picture(
     new = np.flatnonzero(places < 0)
     places[new] = len(known) + np.arange(len(new))
     return together(known, scored.take(new)), places
-
-
-def _choose_asked(
-    every: Pictures,
-    first: np.ndarray,     # rows that come first
-    device: torch.device,  # that compares
-    seed: int,
-) -> torch.Tensor:         # (asked,) rows of `every`, ascending
-    "Whom to ask: all, or the first ones and a sample of the others."
-    total, width = every.features.shape
-    most = most_queries(total, width, device)
-    if total <= most: return torch.arange(total)
-    others = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(total), first))
-    return torch.from_numpy(np.sort(np.concatenate([first, others])[:most]))
 
 # %% ../nbs/13_findings.ipynb #45257808
 @dataclass(frozen=True, eq=False)

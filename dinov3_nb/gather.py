@@ -133,11 +133,6 @@ class Pictures:
                     return open_image(opened, self.name(image))
         return self.open(image)
 
-    def path(self, image: int) -> str | None:
-        "The file that an image is in; None: it has none, or is not there."
-        path = path_of(self.item(image))
-        return path if path and Path(path).is_file() else None
-
     def name(self, image: int) -> str:
         "What to call an image: its file, or its row in the split."
         part, row = self.where(image)
@@ -148,12 +143,6 @@ class Pictures:
         item = self.item(image)
         data = item.get("bytes") if isinstance(item, dict) else None
         return content_key(data if data is not None else Path(path_of(item)).read_bytes())
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        "Identities of the contents, (images,) int64, as `image_ids` gives them."
-        every = [image_ids(part.rows) for part in self.parts]
-        return np.concatenate([np.zeros(0, np.int64), *every])[self.places]
 
     @cached_property
     def keys(self) -> list[tuple[str, int]]:
@@ -247,7 +236,7 @@ def _training_parts(
             "compared with them.")
         return []
     try:
-        rows = _find_trained_on(asked.classifier, splits)
+        rows = _find_trained_on(asked, splits)
         parts = labelled_rows(asked.classifier, splits, rows)
     except UserError as error:
         log(f"The training images could not be opened: {error}")
@@ -261,12 +250,14 @@ def _training_parts(
 
 
 def _find_trained_on(
-    classifier: Classifier,
+    asked: Asked,
     splits: dict,  # {name: `LabelledSplit`}
 ) -> dict[str, np.ndarray]:  # {split: row numbers}
     "Rows with the contents that were trained on, as often as they were, training splits first."
-    left, rows = Counter(classifier.trained_on.tolist()), {}
-    held = find_held_out(classifier.held_out, splits)[0] if classifier.held_out else {}
+    classifier, held, rows = asked.classifier, {}, {}
+    left = Counter(classifier.trained_on.tolist())
+    if asked.chosen.held_out: held = asked.chosen.rows  # found, and read, before
+    elif classifier.held_out: held = find_held_out(classifier.held_out, splits)[0]
     kinds = split_kinds(list(splits))
     for name in sorted(splits, key=lambda name: kinds.get(name) != "train"):
         numbers = np.setdiff1d(np.flatnonzero(splits[name].labels >= 0), held.get(name, []))

@@ -29,7 +29,7 @@ from .best_head import probe_settings, probe_sides, save_best_head
 from .checkpoint import find_checkpoints, find_start, open_folder
 from dinov3_nb.core import (
     USED_ON_RUNG, ModelArguments, Settings, TuneArguments, UserError, check_names,
-    make_settings,
+    make_settings, print_line,
 )
 from dinov3_nb.data import (
     PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset,
@@ -53,7 +53,7 @@ def ladder(
     **values: Any,  # settings by name; `dataset` may be a `Dataset` of your own
 ) -> "Ladder":
     "Climb from the probe to the whole backbone, and say whether it pays."
-    log, names = log or _print_line, _read_rungs(rungs)
+    log, names = log or print_line, _read_rungs(rungs)
     plan = _read_plan(parts, values, names)
     folder, before = plan.folder, _open_ladder(plan, names)
     data, seed = plan.settings.data, plan.settings.training.seed
@@ -405,13 +405,6 @@ def _read_rungs(
     names = [name.strip() for name in names if name.strip()]
     check_names(names, RUNGS, "a rung")
     return [name for name in RUNGS if name == "probe" or name in names]
-
-
-def _print_line(
-    line: str,  # of the log
-) -> None:
-    "Print a line at once."
-    print(line, flush=True)
 
 
 CHOSEN_BY_RUNGS = "tune", "head_start", "freeze_backbone"  # settings

@@ -93,11 +93,14 @@ def draw_queries(
     device: torch.device,       # that multiplies
     among: int | None = None,   # images to look among; None: the same
     seed: int = 42,
+    first: np.ndarray | tuple = (),  # rows to ask about before any others
 ) -> torch.Tensor:              # (asked,) row numbers, ascending; all if they fit
     "Which images to ask about."
     most = most_queries(among or images, width, device)
     if images <= most: return torch.arange(images)
-    chosen = np.random.default_rng(seed).choice(images, most, replace=False)
+    others = np.setdiff1d(np.arange(images), first)
+    others = np.random.default_rng(seed).permutation(others)
+    chosen = np.concatenate([np.asarray(first, np.int64), others])[:most]
     return torch.from_numpy(np.sort(chosen))
 
 # %% ../nbs/13_neighbours.ipynb #897dfae1

@@ -16,7 +16,7 @@ import torch
 
 from .assemble import assemble
 from .calibration import calibration_file, save_calibration
-from .core import TrainArguments, UserError
+from .core import TrainArguments, UserError, print_line
 from .evaluation import Asked
 from .findings import Findings, examine
 from .gather import gather
@@ -45,7 +45,7 @@ def report(
     _check_places(checkpoint, out, doubtful)
     gathered = gather(checkpoint, split, batch_size, model_name, **values)
     if os.environ.get("RANK", "0") != "0": return None
-    log = log or _print_line
+    log = log or print_line
     page = _choose_page(checkpoint, out, gathered.asked, split)
     _spare_dataset(gathered.asked, page, doubtful)
     for note in gathered.notes: log(note)
@@ -168,10 +168,3 @@ def _write_table(
     except OSError as error:
         raise UserError(f"--doubtful {path} could not be written ({error.strerror}): "
                         "name another file.") from error
-
-# %% ../nbs/13_report.ipynb #156c04ab
-def _print_line(
-    line: str,  # of the log
-) -> None:
-    "Print a line at once."
-    print(line, flush=True)

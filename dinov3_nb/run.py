@@ -7,7 +7,6 @@ __all__ = ['train', 'Loaded', 'load_all', 'open_features', 'probe']
 
 # %% ../nbs/15_run.ipynb #81a3171c
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from dinov3_nb.checkpoint import (
     check_same_run, checkpoint_saver, find_start, is_complete, open_folder,
 )
 from dinov3_nb.core import (
-    ModelArguments, Settings, UserError, features_are_fixed, make_settings,
+    ModelArguments, Settings, UserError, features_are_fixed, make_settings, print_line,
     starts_from_probe, tokens_are_fixed,
 )
 from dinov3_nb.data import (
@@ -376,14 +375,6 @@ def _finished_state(
     state = begin_run(model, training, start["total_steps"], accelerator, start, how)
     return finish_run(state)
 
-# %% ../nbs/15_run.ipynb #f4c03bf1
-def _print_line(
-    line: str,  # of the log
-) -> None:
-    "Print a line, with escapes for what the output cannot hold."
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
 # %% ../nbs/15_run.ipynb #8ab1b189
 def _choose_log(
     log: Callable[[str], None] | None,  # as given; None: print
@@ -391,7 +382,7 @@ def _choose_log(
 ) -> Callable[[str], None]:
     "The log that was given, or the screen; of several processes one speaks."
     if log: return log
-    return _print_line if accelerator.is_local_main_process else lambda line: None
+    return print_line if accelerator.is_local_main_process else lambda line: None
 
 # %% ../nbs/15_run.ipynb #1c59cc44
 def _report(
