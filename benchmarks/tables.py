@@ -179,6 +179,21 @@ def ladder_tuned(r):
     return f"{table(head, rows)}\n\n{said} {conditions(r)}"
 
 
+def export(r):
+    "Images a second of each way to run an exported classifier."
+    parts = []
+    for name, model in r["models"].items():
+        rows = [[s["way"], s["batch_size"], f"{s['images_per_second']:.1f}", f"{s['ratio']:.2f}", f"{s['share']:.0%}"]
+                for s in model["speeds"]]
+        sizes = "; ".join(f"{way.removeprefix('onnxruntime ')} {size / 1e6:.0f} MB" for way, size in model["bytes"].items())
+        head = [name, "batch", "images/s", "of PyTorch float32", "of its matrix product"]
+        parts.append(f"{table(head, rows)}\n\n{model['gflop']:.2f} GFLOP an image; logits differ by {model['difference']:.0e}; {sizes}.")
+    rates = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in r["matmul_gflops"].items())
+    threads = "one thread" if r["machine"]["threads"] == 1 else f"{r['machine']['threads']} threads"
+    said = f"Matrix product, 10^9 operations a second: {rates}; {threads}, onnxruntime {r['machine']['onnxruntime']}. {conditions(r)}"
+    return "\n\n".join([*parts, said])
+
+
 def main():
     files = [Path(f) for f in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
     text = README.read_text()
@@ -189,7 +204,7 @@ def main():
         name = result["benchmark"] + ("_pair" if arguments.get("pair") else "_epoch" if each_epoch else "")
         made = {"frozen_run": frozen_run, "forward": forward, "gpu": gpu, "store": store, "shared_pass": shared_pass,
                 "startup": startup, "prepare": prepare, "probes": probes, "report": report, "ladder_last": ladder_last,
-                "ladder_lora": ladder_tuned, "ladder_all": ladder_tuned}[result["benchmark"]](result)
+                "ladder_lora": ladder_tuned, "ladder_all": ladder_tuned, "export": export}[result["benchmark"]](result)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
         print(f"{file}: {name}" if found else f"{file}: README.md has no place for {name}")

@@ -16,7 +16,9 @@ if "_dinov3_nb_command" not in sys.modules:
         TrainArguments, TuneArguments, UserError,
     )
     from dinov3_nb.evaluation import evaluate
+    from dinov3_nb.export import export
     from dinov3_nb.inference import Classifier, load_classifier
     from dinov3_nb.model import DinoV3Config, DinoV3Linear, DinoV3MLP
+    from dinov3_nb.onnx_inference import load_onnx
     from dinov3_nb.report import report
     from dinov3_nb.run import probe, train

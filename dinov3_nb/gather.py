@@ -52,6 +52,7 @@ def gather(
     split: str | None = None,       # None: the run's validation images, or everything
     batch_size: int = 32,
     model_name: str | None = None,  # the backbone, if it has moved or is not named
+    training: bool = True,          # also the images that it learned from
     **values: Any,                  # as `evaluate` takes them
 ) -> Gathered:
     "What a classifier makes of the images that it is asked about, and of those it knows."
@@ -70,9 +71,9 @@ def gather(
     if not len(scored):
         raise UserError(f"No image could be read; the first: {scored.unread[0]}."
                         if scored.unread else "There are no images to report on.")
-    splits = _own_splits(asked)
-    training = _training_parts(asked, splits, notes.append)
-    known = _look_at(training, asked, batch_size, notes.append) if training else None
+    splits = _own_splits(asked) if training else asked.splits
+    learned = _training_parts(asked, splits, notes.append) if training else []
+    known = _look_at(learned, asked, batch_size, notes.append) if learned else None
     return Gathered(asked, scored, known if known and len(known) else None, notes,
                     classifier is checkpoint, splits is asked.splits)
 

@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 from .core import TuneArguments, UserError
 from .model import DinoV3Classifier, export_classifier
+from .quantization import quantized_layers
 
 # %% ../nbs/09_lora.ipynb #b0417670
 def linear_layers(
@@ -103,6 +104,7 @@ def _copy_plainly(
     weight: Callable[[nn.Module], torch.Tensor],  # of a layer that has an adapter
 ) -> DinoV3Classifier:  # in float32, on the CPU, in eval mode
     "A copy without adapters and without 4 bits."
+    levels = set(quantized_layers(model))
     config, weights = copy.deepcopy(model.config), {}
     for part in (config, config.backbone_config):
         if hasattr(part, "quantization_config"): del part.quantization_config
@@ -114,13 +116,15 @@ def _copy_plainly(
         if hasattr(module, "lora_A"):
             weights[f"{name}.weight"] = weight(module)
             own[f"{name}.bias"] = module.base_layer.bias
+        elif name in levels and not name.endswith(".base_layer"):
+            weights[f"{name}.weight"] = _plain_weight(module)
     names = [name for name in plain.state_dict() if name not in weights]
     plain.load_state_dict({**weights, **{name: own[name] for name in names}})
     return plain.eval()
 
 
 def merge_adapters(
-    model: DinoV3Classifier,  # with adapters, in 4 bits or not; stays as it is
+    model: DinoV3Classifier,  # with adapters, in 4 bits, or both; stays as it is
 ) -> DinoV3Classifier:        # in float32, on the CPU, in eval mode
     "A copy in which the adapters have become part of the weights."
     return _copy_plainly(model, _merged_weight)

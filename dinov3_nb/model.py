@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DinoV3Config', 'DinoV3MLPConfig', 'DinoV3Classifier', 'DinoV3Linear', 'DinoV3MLP', 'checkpoint_activations',
-           'build_classifier', 'rebuild_classifier', 'DinoV3ImageProcessor', 'DinoV3Pipeline', 'export_classifier',
-           'check_exported']
+           'build_classifier', 'rebuild_classifier', 'DinoV3ImageProcessor', 'DinoV3Pipeline', 'own_processor',
+           'export_classifier', 'write_digests', 'check_exported']
 
 # %% ../nbs/04_model.ipynb #c1181078
 import base64
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .core import ModelArguments, UserError
 from dinov3_nb.frozen import (
     freeze_parts, frozen_parts, learns_whole, rest_frozen, rest_positions,
 )
+from .head_only import load_head_only, separate_biases
 from .pictures import open_image
 from .weights import check_files, file_sha256, keep_4bit_layout, quiet_if_small
 
@@ -57,6 +59,7 @@ class DinoV3Config(PretrainedConfig):
         self.backbone_config, self.model_name = backbone_config, model_name
         self.freeze_backbone, self.pool = freeze_backbone, pool
         self.dropout, self.image_size, self.frozen = dropout, image_size, frozen
+        for name in ("auto_map", "custom_pipelines"): kwargs.pop(name, None)
         super().__init__(**kwargs)
 
 class DinoV3MLPConfig(DinoV3Config):
@@ -84,10 +87,13 @@ class _DinoV3PreTrained(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, name: str | Path | None, *args: Any, **kwargs: Any):
+        head = load_head_only(cls, name, kwargs)
+        if head is not None: return head
+        loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze()  # transformers makes new parameters, which all learn
+        if getattr(model, "is_loaded_in_4bit", False): separate_biases(model)
         return loaded
 
 # %% ../nbs/04_model.ipynb #8cc6df42
@@ -253,7 +259,7 @@ def _open_source(
         import httpx  # a quarter of a second, which only web addresses need
         found = httpx.get(source, timeout=timeout, follow_redirects=True)
         image = open_image({"bytes": found.raise_for_status().content}, source)
-    elif Path(source[:1000]).is_file(): image = open_image(source, 0)
+    elif os.path.isfile(source): image = open_image(source, 0)
     else: image = open_image({"bytes": _decode_base64(source)}, "in base64")
     return Image.fromarray(np.asarray(image))
 
@@ -270,6 +276,8 @@ class DinoV3ImageProcessor(DINOv3ViTImageProcessor):
 # %% ../nbs/04_model.ipynb #9509863f
 class DinoV3Pipeline(ImageClassificationPipeline):
     "The `image-classification` pipeline; ours see pictures as `predict` shows them."
+    _load_video_processor = False  # or it asks whether code of one may be run
+
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
         if isinstance(self.model, DinoV3Classifier):
             image = _open_source(image, timeout)
@@ -281,6 +289,15 @@ for _config in (DinoV3Config, DinoV3MLPConfig):
 PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = DinoV3Pipeline
 
 # %% ../nbs/04_model.ipynb #fff6a9cd
+def own_processor(
+    processor: Any,  # DINOv3's, or another
+) -> Any:            # ours, where it was DINOv3's
+    "The processor that goes into a folder; it forgets code that another one brought."
+    settings = processor.to_dict()
+    settings.pop("auto_map", None)
+    plain = type(processor) is DINOv3ViTImageProcessor
+    return (DinoV3ImageProcessor if plain else type(processor)).from_dict(settings)
+
 def export_classifier(
     model: DinoV3Classifier,  # trained
     processor: Any,           # its image processor
@@ -290,11 +307,16 @@ def export_classifier(
     folder = Path(folder)
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with quiet_if_small(num_bytes): model.save_pretrained(folder)
-    if type(processor) is DINOv3ViTImageProcessor:
-        processor = DinoV3ImageProcessor.from_dict(processor.to_dict())
-    processor.save_pretrained(folder)
+    own_processor(processor).save_pretrained(folder)
+    write_digests(folder)
+
+def write_digests(
+    folder: Path,  # holds a classifier
+) -> None:
+    "Write down the SHA-256 of what is loaded from a folder."
     names = ["config.json", "preprocessor_config.json"]
-    names += sorted(file.name for file in folder.glob("model*.safetensors*"))
+    for pattern in ("model*.safetensors*", "modeling_*.py"):
+        names += sorted(file.name for file in folder.glob(pattern))
     text = json.dumps({name: file_sha256(folder / name) for name in names}, indent=2)
     (folder / "digests.json").write_text(text, encoding="utf-8")
 

@@ -26,7 +26,7 @@ else:
 import forks  # behind the settings, which it copies
 
 # Files that take longest, so that no process is left with one of them at the end.
-FIRST = ("test_notebooks", "test_jupyterlab", "test_site", "test_cli", "test_data", "test_model", "test_families", "test_cache")
+FIRST = ("test_notebooks", "test_export", "test_jupyterlab", "test_site", "test_cli", "test_data", "test_model", "test_families", "test_cache")
 TOGETHER = {"test_jupyterlab": "browser", "test_site": "browser"}  # one Chromium
 
 

@@ -90,6 +90,14 @@ def test_report(benchmark):
     assert result["found"]["copies"] == result["found"]["planted"] == 40 and result["found"]["page_bytes"] < 5e6
 
 
+def test_export(benchmark):
+    pytest.importorskip("onnxruntime")
+    code, result = benchmark("export", "--models", "toy", "toy-convnext", "--side", 64, "--images", 2,
+                             "--batch_sizes", 2, "--repeats", 1)
+    assert code == 0 and [len(m["speeds"]) for m in result["models"].values()] == [5, 5]
+    assert all(m["difference"] < 1e-4 for m in result["models"].values())
+
+
 def test_operations_of_a_probe(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from probes import operations

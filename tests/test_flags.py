@@ -8,9 +8,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 
 from dinov3_nb import DataArguments, ModelArguments, TrainArguments, UserError
-from dinov3_nb.cli import _make_ladder_parser, _make_parser, _parse, _run_evaluate, _run_ladder, _run_probe, _run_train
+from dinov3_nb.cli import _make_ladder_parser, _run_evaluate, _run_ladder, _run_probe, _run_train
 from dinov3_nb.core import QuantizationArguments, TuneArguments
 from dinov3_nb.data import load_and_prepare_dataset
+from dinov3_nb.flags import make_parser, parse
 from dinov3_nb.backbone import load_processor
 from dinov3_nb.model import build_classifier
 from dinov3_nb.training import make_loaders
@@ -62,20 +63,20 @@ def test_seed_changes_a_validation_cut(two_of_each):
 
 
 def test_words_and_bools_become_values():
-    both = _make_parser("demo", "", (("Model", ModelArguments), ("Training", TrainArguments)))
+    both = make_parser("demo", "", (("Model", ModelArguments), ("Training", TrainArguments)))
     typed = ["--pool", "mean", "--freeze_backbone", "False", "--epochs", "2", "--learning_rate", "auto", "--eval_every_steps", "7"]
-    model, training = _parse(both, typed)
+    model, training = parse(both, typed)
     assert (model.pool, model.freeze_backbone, training.epochs, training.batch_size) == ("mean", False, 2, 8)
     assert (training.learning_rate, training.eval_every_steps) == ("auto", 7)
-    training = _parse(both, ["--learning_rate", "1e-3", "--eval_every_steps", "epoch"])[1]
+    training = parse(both, ["--learning_rate", "1e-3", "--eval_every_steps", "epoch"])[1]
     assert (training.learning_rate, training.eval_every_steps) == (1e-3, "epoch")
 
 
 def test_a_wrong_flag_is_one_sentence():
-    demo = _make_parser("demo", "", (("Quantization", QuantizationArguments),))
-    assert not _parse(demo, ["--use_4bit", "False"])[0].use_4bit
-    with pytest.raises(UserError, match="did you mean --use_4bit?"): _parse(demo, ["--use_4bits"])
-    with pytest.raises(UserError, match="expected one argument; see dinov3-nb demo --help."): _parse(demo, ["--bnb_4bit_quant_type"])
+    demo = make_parser("demo", "", (("Quantization", QuantizationArguments),))
+    assert not parse(demo, ["--use_4bit", "False"])[0].use_4bit
+    with pytest.raises(UserError, match="did you mean --use_4bit?"): parse(demo, ["--use_4bits"])
+    with pytest.raises(UserError, match="expected one argument; see dinov3-nb demo --help."): parse(demo, ["--bnb_4bit_quant_type"])
 
 
 TUNING = {"tune": "last", "head_start": "probe", "backbone_learning_rate": "2e-5", "backbone_weight_decay": "0.1", "backbone_warmup_ratio": "0.2",
@@ -85,8 +86,8 @@ TUNING = {"tune": "last", "head_start": "probe", "backbone_learning_rate": "2e-5
 
 @pytest.mark.parametrize("name", [f.name for f in fields(TuneArguments)])
 def test_every_setting_of_tuning_is_a_flag_of_train(name):
-    parser = _make_parser("train", "", (("Tuning", TuneArguments),))
-    tuning, = _parse(parser, [f"--{name}", TUNING[name]])
+    parser = make_parser("train", "", (("Tuning", TuneArguments),))
+    tuning, = parse(parser, [f"--{name}", TUNING[name]])
     assert str(getattr(tuning, name)) != str(getattr(TuneArguments(), name))
     assert type(getattr(tuning, name))(TUNING[name]) == getattr(tuning, name)
     assert f"--{name}" in parser.format_help()

@@ -264,7 +264,7 @@ def top_imports(name):
     tree = ast.parse((Path(dinov3_nb.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     places = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     places += [f"dinov3_nb.{node.module or ''}" if node.level else node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    own = {place.split(".")[1] for place in places if place.startswith("dinov3_nb.")}
+    own = {place.split(".")[1] for place in places if place.startswith("dinov3_nb.")} - {""}  # `from . import __version__`
     return own, {place.split(".")[0] for place in places} - {"dinov3_nb"}
 
 

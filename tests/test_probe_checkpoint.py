@@ -238,12 +238,13 @@ def test_a_small_validation_set_says_nothing():
                                      dict(image_size=64, num_workers=0, image_column="photo")], ids=lambda changes: next(iter(changes)))
 def test_the_command_repeats_what_decides_the_features(changes):
     "Read by the parser of `probe`, it gives the settings of the run, and no other."
-    from dinov3_nb.cli import _GROUPS, _add_probe_flags, _make_parser, _parse
+    from dinov3_nb.cli import _GROUPS, _add_probe_flags
+    from dinov3_nb.flags import make_parser, parse
     run = make_settings(**TINY | changes, epochs=9, pool="mean", checkpoint_dir="my run")
     words = shlex.split(_probe_call(run))
-    parser = _make_parser("probe", "", [group for group in _GROUPS if group[0] not in ("Model", "Training")])
+    parser = make_parser("probe", "", [group for group in _GROUPS if group[0] not in ("Model", "Training")])
     _add_probe_flags(parser)
-    *parts, others = _parse(parser, words[2:])
+    *parts, others = parse(parser, words[2:])
     given = vars(others)
     assert words[:2] == ["dinov3-nb", "probe"] and given.pop("checkpoint_dir") == "my run_probe" and given.pop("overwrite") is False
     wanted = replace(run, model=make_settings(**TINY, **{k: v for k, v in changes.items() if k in ("revision", "image_size")}).model, training=make_settings(

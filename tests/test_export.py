@@ -1,0 +1,265 @@
+"Every way out, for every kind of classifier: whole or not there, equal to the original, and with its licence."
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ENVIRONMENT, command, make_image_folder
+from huggingface_hub import ModelCard
+from test_lora import FAMILIES
+from transformers import DINOv3ViTImageProcessor
+
+from dinov3_nb import UserError, evaluate, load_classifier, train
+from dinov3_nb.export import export
+from dinov3_nb.onnx_inference import load_onnx
+from dinov3_nb.push import check_pushable
+
+QUIET = dict(log=lambda line: None)
+LICENCE = "DINOv3 License\n\nLast Updated: August 19, 2025\n\nA stand-in for the text.\n"
+KINDS = {
+    "vit-linear": ("vit", {}), "vit-mlp-cls_mean": ("vit", dict(head="mlp", pool="cls_mean")),
+    "vit-lora": ("vit", dict(tune="lora")), "vit-4bit": ("vit", dict(use_4bit=True, bnb_4bit_compute_dtype="float32")),
+    "vit-4bit-lora": ("vit", dict(use_4bit=True, bnb_4bit_compute_dtype="float32", tune="lora")),
+    "vit-last": ("vit", dict(tune="last")), "convnext-linear": ("convnext", {}), "convnext-mlp": ("convnext", dict(head="mlp")),
+    "timm-cls_mean": ("timm", dict(pool="cls_mean")), "timm-4bit": ("timm", dict(use_4bit=True, bnb_4bit_compute_dtype="float32")),
+    "timm-convnext": ("timm-convnext", {}),
+}
+BLOCKED = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "dinov3_nb": raise ImportError("dinov3_nb is not to be had here")
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+folder, pixels, picture, out = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.inference_mode(): logits = model(pixel_values=torch.load(pixels)).logits
+said = pipeline("image-classification", folder, trust_remote_code=True, device="cpu")(picture, top_k=3)
+assert not any(name.startswith("dinov3_nb") for name in sys.modules)
+torch.save({"logits": logits, "said": said}, out)
+"""
+
+
+def save_family(name, folder, licence=True):
+    "A backbone of random weights with its processor, and the licence that Meta's repositories hold."
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    FAMILIES[name](folder)
+    if "timm" not in name: DINOv3ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    if licence: (folder / "LICENSE.md").write_text(LICENCE)
+    return str(folder)
+
+
+def make_run(root, kind, licence=True):
+    family, settings = KINDS[kind]
+    if "timm" in family: pytest.importorskip("timm")
+    if settings.get("tune") == "lora": pytest.importorskip("peft")
+    images = make_image_folder(root / "images", per_class=4)
+    train(dataset=images, model_name=save_family(family, root / "backbone", licence), epochs=1, batch_size=6, learning_rate=1e-2,
+          mixed_precision="no", no_tracking=True, checkpoint_dir=root / "run", **settings, **QUIET)
+    return root / "run"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_leaves_by_every_way(kind, tmp_path):
+    "Folder 1e-6, ONNX 1e-4; the folder with its code in a process that has no dinov3_nb; a licence in each."
+    run = make_run(tmp_path, kind)
+    picture = str(next((tmp_path / "images" / "val" / "circle").iterdir()))
+    ours = load_classifier(run, "cpu")
+    wanted = dict(ours.predict(picture)[0].labels)
+    hub = export(run, "hub", tmp_path / "hub", self_contained=True, **QUIET)
+    again = load_classifier(tmp_path / "hub", "cpu")
+    torch.manual_seed(0)
+    pixels = torch.randn(3, 3, *_size(ours.processor))
+    with torch.inference_mode(): ours_say, copy_says = (c.model(pixel_values=pixels).logits for c in (ours.finished(), again))
+    print(f"{kind}: folder {hub.difference:.1e}")
+    assert hub.difference <= 1e-6 and (ours_say - copy_says).abs().max() <= 1e-6
+    torch.save(pixels, tmp_path / "pixels.pt")
+    environment = {**ENVIRONMENT, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", BLOCKED, str(tmp_path / "hub"), str(tmp_path / "pixels.pt"), picture, str(tmp_path / "said.pt")],
+                          env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = torch.load(tmp_path / "said.pt")
+    print(f"{kind}: self-contained {(alone['logits'] - ours_say).abs().max():.1e}")
+    assert (alone["logits"] - ours_say).abs().max() <= 1e-6
+    assert {a["label"]: a["score"] for a in alone["said"]} == pytest.approx(wanted, abs=1e-5)
+    onnx = export(run, "onnx", tmp_path / "onnx", **QUIET)
+    print(f"{kind}: ONNX {onnx.difference:.1e}")
+    assert onnx.difference <= 1e-4
+    assert dict(load_onnx(tmp_path / "onnx").predict(picture)[0].labels) == pytest.approx(wanted, abs=1e-4)
+    for folder in (hub.folder, onnx.folder): assert (folder / "LICENSE.md").read_text() == LICENCE
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def _size(processor):
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return dict(size)["height"], dict(size)["width"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    train(dataset="digits", model_name="tiny", epochs=2, batch_size=32, learning_rate=5e-3, mixed_precision="no",
+          no_tracking=True, checkpoint_dir=root / "run", **QUIET)
+    return root / "run"
+
+
+FORMATS = [("hub", {}), ("hub", dict(self_contained=True)), ("hub", dict(head_only=True)), ("onnx", {}), ("onnx", dict(int8=True)),
+           ("web", {}), ("web", dict(int8=True)), ("space", {})]
+
+
+@pytest.fixture(scope="module")
+def metas(tmp_path_factory): return make_run(tmp_path_factory.mktemp("metas"), "vit-linear")
+
+
+@pytest.fixture(scope="module")
+def unlicensed(tmp_path_factory): return make_run(tmp_path_factory.mktemp("unlicensed"), "vit-linear", licence=False)
+
+
+@pytest.mark.parametrize("format, options", FORMATS, ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain")
+def test_what_holds_others_weights_holds_their_licence(format, options, metas, unlicensed, digits, tmp_path):
+    "From the backbone's folder, or as it is given; where it cannot be had, one line says so; ours is Apache-2.0."
+    export(metas, format, tmp_path / "found", **options, **QUIET)
+    given, lines = tmp_path / "given.md", []
+    given.write_text("DINOv3 License, as given")
+    export(unlicensed, format, tmp_path / "given", licence_file=given, **options, **QUIET)
+    export(unlicensed, format, tmp_path / "missing", log=lines.append, **options)
+    export(digits, format, tmp_path / "ours", **options, **QUIET)
+    texts = {name: (tmp_path / name / "LICENSE.md").read_text() for name in ("found", "given", "ours")}
+    assert texts["found"] == LICENCE and texts["given"] == "DINOv3 License, as given" and "Apache License" in texts["ours"]
+    assert not (tmp_path / "missing" / "LICENSE.md").exists()
+    assert sum("has to go with these weights" in line for line in lines) == 1, lines
+
+
+def test_the_figures_on_the_card_are_those_of_evaluate(digits, tmp_path):
+    export(digits, "hub", tmp_path / "hub", **QUIET)
+    scores, card = evaluate(digits).scores, ModelCard.load(tmp_path / "hub" / "README.md")
+    said = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert said["accuracy"] == pytest.approx(scores.accuracy, abs=5e-5) and said["f1"] == pytest.approx(scores.macro_f1, abs=5e-5)
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-classification"
+    for name in ("more information needed", str(tmp_path), str(digits.parent)): assert name.lower() not in card.content.lower()
+
+
+def test_a_head_alone_is_small_and_needs_its_backbone(metas, tmp_path):
+    made = export(metas, "hub", tmp_path / "head", head_only=True, **QUIET)
+    size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.suffix != ".png")
+    assert made.difference <= 1e-6 and size < 50_000
+    config = json.loads((made.folder / "config.json").read_text())
+    assert config["head_only"] and config["backbone_fingerprint"] and "backbone_revision" in config
+
+
+def test_a_head_on_a_backbone_of_this_machine_stays_here(metas, tmp_path):
+    "The export says so, and the push refuses it, with advice that leads out."
+    lines = []
+    export(metas, "hub", tmp_path / "head", head_only=True, log=lines.append)
+    assert lines[-1].endswith(f"for this machine alone, since the backbone is in {metas.parent / 'backbone'}")
+    with pytest.raises(UserError, match="export the whole classifier, without --head_only"): check_pushable(tmp_path / "head")
+
+
+@pytest.mark.parametrize("format", ["hub", "space"])
+def test_others_may_read_every_file(format, metas, tmp_path):
+    "safetensors writes for its owner alone; a server is somebody else."
+    before = os.umask(0o022)
+    try: made = export(metas, format, tmp_path / "out", **QUIET)
+    finally: os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in made.folder.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_an_exported_folder_is_exported_again(metas, tmp_path, monkeypatch):
+    "Of its backbone and its training only what is known is told: no page of the Hub that does not exist."
+    export(metas, "hub", tmp_path / "first", **QUIET)
+    monkeypatch.chdir(tmp_path)
+    export("first", "hub", "second", **QUIET)
+    card = ModelCard.load(tmp_path / "second" / "README.md")
+    assert card.data.base_model is None and "huggingface.co/backbone" not in card.content
+    assert "a DINOv3 backbone (backbone). This folder" in card.content
+    assert (tmp_path / "second" / "LICENSE.md").read_text() == LICENCE
+
+
+def test_a_tuned_backbone_cannot_be_left_out(tmp_path):
+    run = make_run(tmp_path, "vit-last")
+    with pytest.raises(UserError, match="has learned, so nobody else has it"): export(run, "hub", tmp_path / "out", head_only=True, **QUIET)
+    assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+BAD = [
+    (["--format", "hub", "--out", "taken"], "taken is there already: name a new folder"),
+    (["--format", "hub", "--out", "no/where"], "there is no folder no"),
+    (["--format", "onnx", "--out", "new", "--opset", "3"], "--opset 3 is out of range"),
+    (["--format", "onnx", "--out", "new", "--head_only"], "--head_only does nothing with --format onnx"),
+    (["--format", "hub", "--out", "new", "--int8"], "--int8 does nothing with --format hub"),
+    (["--format", "hub", "--out", "new", "--head_only", "--self_contained"], "do not go together"),
+    (["--format", "tflite", "--out", "new"], "invalid choice: 'tflite'"),
+    (["--format", "hub"], "required: --out"),
+    (["--format", "hub", "--out", "new", "--licence_file", "nowhere.md"], "--licence_file nowhere.md is not there"),
+    (["--format", "hub", "--out", "new", "--split", "tset"], "--split 'tset' is not there"),
+    (["--format", "hub", "--out", "new", "--checkpoint", "foreign.pt"], "holds no classifier"),
+    (["--format", "hub", "--out", "new", "--checkpoint", "foreign"], "holds no classifier that can be loaded"),
+    (["--format", "hub", "--out", "new", "--checkpoint", "nowhere"], "There is no checkpoint at"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(digits, tmp_path_factory):
+    "A folder with a run, a folder that is there already, and checkpoints of other packages."
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "taken").mkdir()
+    os.symlink(digits, folder / "run")
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2, 2)}}, folder / "foreign.pt")
+    from transformers import ViTConfig, ViTForImageClassification
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
+    ViTForImageClassification(config).save_pretrained(folder / "foreign")
+    return folder
+
+
+@pytest.mark.parametrize("words, said", BAD, ids=[said for _, said in BAD])
+def test_bad_input_gets_one_sentence_and_leaves_nothing(words, said, place):
+    before = sorted(path.name for path in place.iterdir())
+    if "--checkpoint" not in words: words = [*words, "--checkpoint", "run"]
+    done = command("export", *words, cwd=place)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert sorted(path.name for path in place.iterdir()) == before and not list((place / "taken").iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_named(package, digits, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    for format in ("onnx", "web"):
+        with pytest.raises(UserError, match=f"needs the package {package}, which is not installed: run `pip install 'dinov3_nb\\[onnx\\]'`"):
+            export(digits, format, tmp_path / "new", **QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_is_killed_leaves_no_folder_of_that_name(digits, tmp_path):
+    "Interrupted: nothing is left. Killed: what is left has a hidden name, and the next export works."
+    words = [str(Path(sys.executable).with_name("dinov3-nb")), "export", "--checkpoint", str(digits), "--format", "onnx", "--out", "new"]
+    for how in (signal.SIGINT, signal.SIGKILL):
+        running = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not (hidden := [p for p in tmp_path.iterdir() if p.name.startswith(".new.")]) and running.poll() is None: time.sleep(0.02)
+        assert hidden, running.communicate()
+        running.send_signal(how)
+        said = running.communicate(timeout=120)[1]
+        assert running.returncode == (130 if how == signal.SIGINT else -9) and "Traceback" not in said, said
+        assert not (tmp_path / "new").exists()
+        if how == signal.SIGINT: assert not list(tmp_path.iterdir())
+    export(digits, "onnx", tmp_path / "new", **QUIET)
+    assert (tmp_path / "new" / "model.onnx").exists()
+
+
+def test_predict_takes_an_onnx_file(digits, tmp_path):
+    from dinov3_nb.sources import load_digits_dataset
+    load_digits_dataset()["validation"][0]["image"].save(tmp_path / "digit.png")
+    export(digits, "onnx", tmp_path / "out", **QUIET)
+    answers = [json.loads(command("predict", "--checkpoint", place, "--json", "digit.png", cwd=tmp_path).stdout)
+               for place in (digits, tmp_path / "out", tmp_path / "out" / "model.onnx")]
+    first, *others = [{label["name"]: label["probability"] for label in answer["labels"]} for answer in answers]
+    for other in others: assert other == pytest.approx(first, abs=1e-5)
