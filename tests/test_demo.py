@@ -260,7 +260,7 @@ def test_a_space_runs(run, pictures, tmp_path):
     load_classifier(run).save_pretrained(tmp_path / "space" / "model")
     write_space(tmp_path / "space", "Which digit?")
     port = free_port()
-    environment = {**ENVIRONMENT, "GRADIO_SERVER_PORT": str(port), "GRADIO_SSR_MODE": "False"}
+    environment = {**ENVIRONMENT, "GRADIO_SERVER_PORT": str(port), "GRADIO_SSR_MODE": "False", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for line in process.stdout:

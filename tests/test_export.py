@@ -243,7 +243,8 @@ def test_an_export_that_is_killed_leaves_no_folder_of_that_name(digits, tmp_path
     "Interrupted: nothing is left. Killed: what is left has a hidden name, and the next export works."
     words = [str(Path(sys.executable).with_name("dinov3-nb")), "export", "--checkpoint", str(digits), "--format", "onnx", "--out", "new"]
     for how in (signal.SIGINT, signal.SIGKILL):
-        running = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
         while not (hidden := [p for p in tmp_path.iterdir() if p.name.startswith(".new.")]) and running.poll() is None: time.sleep(0.02)
         assert hidden, running.communicate()
         running.send_signal(how)
