@@ -17,7 +17,7 @@ from PIL import Image
 from .album import shrink
 from .core import TrainArguments, UserError, check_range, print_line
 from .gather import Pictures, features_of, gather
-from .inference import Classifier, autocast_for, load_classifier
+from .inference import Classifier, answer_batch, load_classifier
 from .pictures import open_image
 from .probe import find_nearest
 
@@ -31,12 +31,13 @@ def look_at(
 ) -> "Look":
     "What a classifier makes of one picture."
     features = features_of(classifier, [open_image(picture, 0)])
-    probabilities, familiar = _judge(classifier, features)
+    shares, familiar = answer_batch(classifier, {"features": features})
+    probabilities = shares[0]
     best = probabilities.topk(min(top_k, len(probabilities)))
     names = [classifier.class_names[c] for c in best.indices]
     near = []
     if known is not None: near = _find_near(classifier, features, known, neighbours)
-    return Look(dict(zip(names, best.values.tolist())), familiar, near)
+    return Look(dict(zip(names, best.values.tolist())), familiar[0], near)
 
 # %% ../nbs/14_demo.ipynb #c1c34690
 class Neighbour(NamedTuple):
@@ -66,19 +67,6 @@ _UNFAMILIAR = ("**Unfamiliar.** No training image lies near this picture, so the
                "are a guess: it may be none of them.")
 _UNKNOWN = ("Whether this picture is like the training images is not known: "
             "`dinov3-nb report` finds out what is familiar, and the next demo says it.")
-
-# %% ../nbs/14_demo.ipynb #1b0c9fae
-@torch.inference_mode()
-def _judge(
-    classifier: Classifier,
-    features: torch.Tensor,  # (1, width), as the head sees them
-) -> tuple[torch.Tensor, bool | None]:  # (num_classes,) probabilities; familiar or not
-    "From features to classes, and whether the picture is familiar."
-    model, calibration = classifier.model, classifier.calibration
-    with autocast_for(classifier):
-        logits = model(features=features.to(model.device)).logits.float().cpu()
-    if calibration is None: return logits[0].softmax(-1), None
-    return calibration.probabilities(logits)[0], bool(calibration.familiar(features)[0])
 
 # %% ../nbs/14_demo.ipynb #937e86a4
 def _find_near(

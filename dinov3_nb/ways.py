@@ -65,7 +65,7 @@ def _to_hub(
     licence: Licence,
 ) -> float:
     "A folder for transformers and the Hub, with its card."
-    write_hub_folder(subject.loaded, folder, wish.head_only, wish.self_contained)
+    write_hub_folder(subject.classifier, folder, wish.head_only, wish.self_contained)
     write_card(folder, _card_facts(wish, subject, title, licence, size_of(folder)))
     return _compare(subject, folder)
 

@@ -17,6 +17,7 @@ from PIL.Image import Resampling
 from transformers import DINOv3ViTImageProcessor
 
 from .core import UserError
+from .onnx_inference import need_packages
 from .web_page import STYLE, render_index
 from .web_script import SCRIPT
 from .web_worker import PREPROCESS, WORKER
@@ -119,10 +120,9 @@ def _read_onnx(
     if size > _MOST_BYTES:
         raise UserError(f"{path} has {size / 1e9:.1f} GB, and a web page takes "
                         "2 GB at most: try --int8, or train on a smaller backbone.")
-    try: import onnx
-    except ImportError as error:
-        raise UserError("A web page needs the package onnx, which is not installed: "
-                        "run `pip install 'dinov3_nb[onnx]'`.") from error
+    need_packages("A web page", "onnx")
+    import onnx  # comes with an extra
+
     try: return onnx.load(path, load_external_data=False)
     except Exception as error:
         raise UserError(f"{path} is not an ONNX file.") from error
