@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from .album import shrink
-from .core import TrainArguments, UserError, check_range, print_line
+from .core import TrainArguments, UserError, check_range, need_packages, print_line
 from .gather import Pictures, features_of, gather
 from .inference import Classifier, answer_batch, load_classifier
 from .pictures import open_image
@@ -112,10 +112,9 @@ def _stamp(
 # %% ../nbs/14_demo.ipynb #bd599a63
 def _import_gradio() -> Any:
     "Gradio, which comes with an extra; it is to keep no list of what was asked."
-    try: import gradio
-    except ImportError:
-        raise UserError("The demo needs the package gradio, which is not installed: "
-                        "run `pip install 'dinov3_nb[demo]'`.") from None
+    need_packages("The demo", "demo", "gradio")
+    import gradio
+
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # read when a page is opened
     return gradio
 

@@ -8,7 +8,6 @@ __all__ = ['RUNGS', 'LEVEL', 'CHOSEN_BY_RUNGS', 'ladder', 'Comparison', 'compare
 
 # %% ../nbs/15_ladder.ipynb #d20e97d8
 import gc
-import importlib.util
 import json
 import os
 import threading
@@ -29,7 +28,7 @@ from .best_head import probe_settings, probe_sides, save_best_head
 from .checkpoint import find_checkpoints, find_start, open_folder
 from dinov3_nb.core import (
     USED_ON_RUNG, ModelArguments, Settings, TuneArguments, UserError, check_names,
-    make_settings, print_line,
+    make_settings, need_packages, print_line,
 )
 from dinov3_nb.data import (
     PreparedDataset, dataset_in_full, in_full, load_and_prepare_dataset,
@@ -306,8 +305,7 @@ def _climb(
     "Run one rung."
     folder = plan.folder / name
     if name == "probe": return _climb_probe(plan, folder, log), folder / "best.pt"
-    if name == "lora" and importlib.util.find_spec("peft") is None:
-        raise UserError("lora needs the package peft: pip install 'dinov3_nb[lora]'")
+    if name == "lora": need_packages("lora", "lora", "peft")
     own = {} if plan.dataset is None else {"dataset": plan.dataset}
     state = train(_rung_settings(plan, name), log=log, **own)
     return count_parameters(state.model)[1], folder / "last.pt"

@@ -9,7 +9,6 @@ __all__ = ['DinoV3Config', 'DinoV3MLPConfig', 'DinoV3Classifier', 'DinoV3Linear'
 
 # %% ../nbs/04_model.ipynb #c1181078
 import base64
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone import backbone_tokens, load_backbone, pool_tokens, token_layout
 from .catalogue import resolve_model_name
-from .core import ModelArguments, UserError
+from .core import ModelArguments, UserError, need_packages
 from dinov3_nb.frozen import (
     freeze_parts, frozen_parts, learns_whole, rest_frozen, rest_positions,
 )
@@ -228,9 +227,8 @@ def rebuild_classifier(
     if kind not in ("dinov3_vit", "dinov3_convnext", "timm_wrapper"):
         raise UserError(f"The checkpoint's backbone is of architecture {kind}, "
                         "not DINOv3.")
-    if kind == "timm_wrapper" and importlib.util.find_spec("timm") is None:
-        raise UserError("The checkpoint's backbone is a timm model and timm is not "
-                        "installed: run `pip install timm`.")
+    if kind == "timm_wrapper":
+        need_packages("The checkpoint's timm backbone", "timm", "timm")
     config = CONFIG_MAPPING[kind].from_dict(dict(backbone_config))
     with torch.random.fork_rng(devices=[]):
         backbone = AutoModel.from_config(config, dtype=torch.float32)

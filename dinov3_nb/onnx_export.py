@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core import UserError
-from .inference import Classifier
+from .core import UserError, need_packages
+from .inference import Classifier, setting_of_run
 from .lora import merge_adapters
-from .onnx_inference import OnnxNotes, need_packages, open_session
+from .onnx_inference import OnnxNotes, open_session
 from .quantization import quantized_layers
 
 # %% ../nbs/14_onnx.ipynb #5a592dd6
@@ -99,7 +99,7 @@ def check_exporter(
     opset: int | None = None,
 ) -> None:
     "Stop where nothing can be exported here; what that takes is imported now."
-    need_packages("Exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
+    need_packages("Exporting to ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
     _check_versions(opset)
     import onnx  # noqa: F401  these take seconds, and whoever loses patience meanwhile
     import onnxruntime  # noqa: F401  should find nothing half-written
@@ -166,7 +166,7 @@ def _notes_of(
     if Path(name).is_absolute(): name = Path(name).name
     return OnnxNotes(
         classifier.class_names, json.loads(classifier.processor.to_json_string()),
-        config.get("preprocess") or "processor",
+        setting_of_run(classifier, "preprocess"),
         1.0 if calibration is None else calibration.temperature, name)
 
 # %% ../nbs/14_onnx.ipynb #42f365f6
@@ -227,7 +227,7 @@ def write_int8(
     out_path: str | Path,   # replaced in one step
 ) -> Path:                  # of the int8 file
     "The same graph with matrices in 8 bits; convolutions and the last layer stay."
-    need_packages("Exporting to int8", "onnx", "onnxruntime")
+    need_packages("Exporting to int8", "onnx", "onnx", "onnxruntime")
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -269,6 +269,19 @@ def score_int8(
 ) -> Int8Score:
     "Both files on labelled images, in turn."
     files = Path(onnx_path), Path(int8_path)
+    labels, (first, second), seconds = _ask_both(files, batches)
+    def share(mask): return mask.float().mean().item()
+    return Int8Score(
+        len(labels), share(first == labels), share(second == labels),
+        share(first == second), _size_of(files[1]) / _size_of(files[0]),
+        seconds[0] / seconds[1])
+
+
+def _ask_both(
+    files: tuple[Path, Path],
+    batches: Iterable[dict],  # as `score_int8` takes them
+) -> tuple[torch.Tensor, list[torch.Tensor], list[float]]:
+    "Labels, the classes that each file named, and the seconds that each took."
     sessions = [open_session(file, on_cpu=True) for file in files]
     named, labels, seconds = ([], []), [], [0.0, 0.0]
     for batch in batches:
@@ -283,9 +296,4 @@ def score_int8(
             seconds[i] += time.perf_counter() - began
             named[i].append(torch.from_numpy(logits).argmax(1))
     if not labels: raise UserError("int8 is scored on labelled images: there are none.")
-    first, second, labels = map(torch.cat, (*named, labels))
-    def share(mask): return mask.float().mean().item()
-    return Int8Score(
-        len(labels), share(first == labels), share(second == labels),
-        share(first == second), _size_of(files[1]) / _size_of(files[0]),
-        seconds[0] / seconds[1])
+    return torch.cat(labels), list(map(torch.cat, named)), seconds

@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from .core import UserError
+from .core import UserError, need_packages
 
 # %% ../nbs/14_space.ipynb #faddcb25
 def write_space(
@@ -66,10 +66,8 @@ def _requirements(
 # %% ../nbs/14_space.ipynb #973ad474
 def _gradio_version() -> str:
     "The version of Gradio that is installed here."
-    try: return importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("A Space needs the package gradio, which is not installed: "
-                        "run `pip install 'dinov3_nb[demo]'`.") from None
+    need_packages("A Space", "demo", "gradio")
+    return importlib.metadata.version("gradio")
 
 # %% ../nbs/14_space.ipynb #6f104443
 def _front_matter(

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from .core import UserError
-from .gather import Gathered, gather
-from .images import Collator
-from .inference import Classifier, load_classifier, processor_of_run
+from .gather import Gathered, gather, pixels_of
+from .inference import Classifier, load_classifier
 from .merit import Merit, figures_of_merit
 from .scores import Scores, score
 
@@ -89,8 +88,7 @@ def _pixels_of(
         scored = gathered.scored
         spread = np.linspace(0, len(scored) - 1, min(_CHECKED, len(scored)))
         images = [scored.open(int(number)) for number in spread]
-    items = [{"image": image, "label": 0, "row": 0} for image in images]
-    return Collator(processor_of_run(classifier))(items)["pixel_values"].float()
+    return pixels_of(classifier, images).float()
 
 
 def _made_up_pictures() -> list[Image.Image]:

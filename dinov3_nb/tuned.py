@@ -18,13 +18,12 @@ from torch import nn
 
 from .best_head import take_readable
 from .blocks import last_modules
-from .core import Settings, UserError, figure_of, starts_from_probe
+from .core import Settings, UserError, figure_of, need_packages, starts_from_probe
 from .data import PreparedDataset, stratified_rows
 from .decoding import FastProcessor
 from .features import Features
 from .files import read_checkpoint, save_atomically
 from .images import Collator, make_loader
-from .lora import need_peft
 from .losses import Learning, choose_learning
 from .model import checkpoint_activations
 from .optimizer import make_optimizer
@@ -81,7 +80,7 @@ def check_rung(
     "Stop where a backbone has too few blocks, or PEFT is not there."
     tuning = settings.tuning
     if tuning.tune == "last": last_modules(model.backbone, tuning.last_blocks)
-    if tuning.tune == "lora": need_peft()
+    if tuning.tune == "lora": need_packages("LoRA", "lora", "peft")
 
 
 def let_learn(

@@ -18,8 +18,8 @@ from .card import CardFacts, current_versions, write_card
 from .card_run import backbone_on_hub, training_command
 from .core import UserError
 from .hub_folder import write_hub_folder
-from .images import Collator
-from .inference import load_classifier, processor_of_run
+from .gather import pixels_of
+from .inference import load_classifier, setting_of_run
 from .licence import Licence, write_licence
 from .markdown import escape_markdown
 from .onnx_export import score_int8, write_int8, write_onnx
@@ -196,11 +196,11 @@ def _labelled_batches(
     subject: Subject,
 ) -> Iterator[dict]:  # "pixel_values" and "labels"
     "The images that the figures are from, or an even sample of them, prepared."
-    scored, collate = subject.gathered.scored, Collator(processor_of_run(subject.loaded))
+    scored = subject.gathered.scored
     images = np.linspace(0, len(scored) - 1, min(_MEASURED, len(scored))).astype(int)
     for part in np.array_split(images, range(32, len(images), 32)):
-        yield collate([{"image": scored.open(i), "label": int(scored.labels[i]), "row": i}
-                       for i in part.tolist()])
+        pixels = pixels_of(subject.loaded, [scored.open(i) for i in part.tolist()])
+        yield {"pixel_values": pixels, "labels": torch.as_tensor(scored.labels[part])}
 
 # %% ../nbs/14_ways.ipynb #414f65f8
 def _to_web(
@@ -220,7 +220,7 @@ def _to_web(
             model = Path(place) / "model_int8.onnx"
             _shrink(made.path, model, subject, log)
         write_web(folder, model, loaded.processor, loaded.class_names, title,
-                  loaded.config.get("preprocess", "processor"),
+                  setting_of_run(loaded, "preprocess"),
                   _told(licence) if licence.text else None)
     return made.difference
 

@@ -16,8 +16,7 @@ from typing import Any
 from PIL.Image import Resampling
 from transformers import DINOv3ViTImageProcessor
 
-from .core import UserError
-from .onnx_inference import need_packages
+from .core import UserError, need_packages
 from .web_page import STYLE, render_index
 from .web_script import SCRIPT
 from .web_worker import PREPROCESS, WORKER
@@ -120,7 +119,7 @@ def _read_onnx(
     if size > _MOST_BYTES:
         raise UserError(f"{path} has {size / 1e9:.1f} GB, and a web page takes "
                         "2 GB at most: try --int8, or train on a smaller backbone.")
-    need_packages("A web page", "onnx")
+    need_packages("A web page", "onnx", "onnx")
     import onnx  # comes with an extra
 
     try: return onnx.load(path, load_external_data=False)

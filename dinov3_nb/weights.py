@@ -9,7 +9,6 @@ __all__ = ['TINY_FOLDER', 'load_pretrained', 'file_sha256', 'check_files', 'Foun
 # %% ../nbs/03_weights.ipynb #2252b1a5
 import hashlib
 import importlib.resources
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from .catalogue import CHECKPOINTS, nearest_name, resolve_model_name
-from .core import UserError
+from .core import UserError, need_packages
 
 # %% ../nbs/03_weights.ipynb #02226908
 def load_pretrained(
@@ -127,9 +126,7 @@ def _check_architecture(
     if kind not in ("dinov3_vit", "dinov3_convnext") and not is_twin:
         raise UserError(f"{name} is of architecture {kind}, not DINOv3: name a "
                         "dinov3_vit or dinov3_convnext model, or a timm twin.")
-    if is_timm and importlib.util.find_spec("timm") is None:
-        raise UserError(f"{name} is a timm model and timm is not installed: "
-                        "run `pip install timm`.")
+    if is_timm: need_packages(f"The timm model {name}", "timm", "timm")
 
 # %% ../nbs/03_weights.ipynb #377cd429
 def _pixels_per_token(

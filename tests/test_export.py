@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ENVIRONMENT, command, make_image_folder
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_lora import FAMILIES
 from transformers import DINOv3ViTImageProcessor
 
@@ -96,6 +98,25 @@ def test_every_kind_leaves_by_every_way(kind, tmp_path):
     assert dict(load_onnx(tmp_path / "onnx").predict(picture)[0].labels) == pytest.approx(wanted, abs=1e-4)
     for folder in (hub.folder, onnx.folder): assert (folder / "LICENSE.md").read_text() == LICENCE
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("preprocess", ["processor", "fast"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_copy_answers_as_its_run(preprocess, mixed_precision, tmp_path):
+    "How pictures are prepared and computed is the run's decision, also where only the folder is left."
+    images = make_image_folder(tmp_path / "images", per_class=4)
+    train(dataset=images, model_name="tiny", epochs=1, batch_size=6, learning_rate=1e-2, image_size=64, no_tracking=True,
+          mixed_precision=mixed_precision, preprocess=preprocess, checkpoint_dir=tmp_path / "run", **QUIET)
+    ours = load_classifier(tmp_path / "run", "cpu")
+    wide = Image.effect_noise((333, 501), 90).convert("RGB")
+    def answer(classifier): return dict(classifier.predict(wide)[0].labels)
+    ours.save_pretrained(tmp_path / "saved")
+    export(ours, "hub", tmp_path / "whole", **QUIET)
+    export(tmp_path / "whole", "hub", tmp_path / "again", **QUIET)
+    export(ours, "hub", tmp_path / "head", head_only=True, **QUIET)
+    for name in ("saved", "whole", "again", "head"): assert answer(load_classifier(tmp_path / name, "cpu")) == answer(ours), name
+    others = [value for value in ("processor", "fast") if value != preprocess]
+    assert answer(replace(ours, config={**ours.config, "preprocess": others[0]})) != answer(ours)
 
 
 def _size(processor):

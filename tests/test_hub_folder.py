@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from http.server import ThreadingHTTPServer
 
 import forks
@@ -290,7 +289,7 @@ def test_what_a_report_has_left_comes_along(tmp_path):
         folder = write(classifier, tmp_path / str(how), **how)
         again = load_classifier(folder, "cpu")
         assert calibration_file(folder).is_file() and again.calibration.temperature == 1
-        answer = replace(again, config={"mixed_precision": "no"}).predict(picture)[0]
+        answer = again.predict(picture)[0]
         assert dict(answer.labels) == pytest.approx(dict(wanted.labels), abs=1e-6) and answer.familiar == wanted.familiar
         assert close(logits(again.model) * 2.5, logits(model))
 

@@ -1,4 +1,5 @@
 "The ladder: its statistics against slow plain versions, and what becomes of rungs that fail, stop, or were there before."
+import importlib.util
 import json
 from dataclasses import replace
 from itertools import product
@@ -196,8 +197,8 @@ def test_a_rung_that_dies_costs_nobody_else_anything(tmp_path, monkeypatch, erro
 
 def test_lora_without_peft_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", stand_in)
-    real = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
     found = ladder(**TINY, **QUIET, checkpoint_dir=tmp_path / "l", rungs="lora")
     assert [rung.accuracy is None for rung in found.rungs] == [False, True]
     assert "pip install 'dinov3_nb[lora]'" in found.rungs[1].note and found.advice.endswith("nothing else was run.")

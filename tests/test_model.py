@@ -184,7 +184,7 @@ def test_without_timm(tmp_path, monkeypatch):
     save_timm(tmp_path / "timm")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "timm" else find_spec(name, *rest))
-    with pytest.raises(UserError, match="pip install timm"): load_backbone(str(tmp_path / "timm"))
+    with pytest.raises(UserError, match=r"The timm model .*timm needs the package timm.*pip install 'dinov3_nb\[timm\]'"): load_backbone(str(tmp_path / "timm"))
 
 
 @timm_only

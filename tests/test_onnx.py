@@ -1,4 +1,5 @@
 "An ONNX file of each kind of classifier agrees with PyTorch, or there is no file; and it answers without PyTorch's model."
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from helpers import ENVIRONMENT
 from PIL import Image
 from test_lora import BITS, FAMILIES
 
-from dinov3_nb import UserError, load_classifier, onnx_export, onnx_inference, train
+from dinov3_nb import UserError, load_classifier, onnx_export, train
 from dinov3_nb.backbone import load_processor
 from dinov3_nb.calibration import Calibration, head_digest
 from dinov3_nb.core import ModelArguments, TuneArguments
@@ -19,7 +20,7 @@ from dinov3_nb.inference import Classifier
 from dinov3_nb.lora import add_adapters, has_adapters
 from dinov3_nb.model import build_classifier
 from dinov3_nb.onnx_export import logit_difference, score_int8, write_int8, write_onnx
-from dinov3_nb.onnx_inference import load_onnx, need_packages
+from dinov3_nb.onnx_inference import load_onnx
 from dinov3_nb.quantization import quantized_layers
 
 onnx = pytest.importorskip("onnx")
@@ -231,8 +232,8 @@ def test_other_opsets(trained, tmp_path):
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package(trained, tmp_path, monkeypatch, package):
-    find = onnx_inference.importlib.util.find_spec
-    monkeypatch.setattr(onnx_inference.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(UserError, match=rf"the package {package}, which is not installed: run `pip install 'dinov3_nb\[onnx\]'`"):
         write_onnx(trained[0], tmp_path / "model.onnx", pictures(32))
     if package == "onnxruntime":
