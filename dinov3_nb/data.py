@@ -48,8 +48,11 @@ class PreparedDataset:
     held_out: _HeldOut             # where `validation` comes from
     notes: list[str]               # lines for the log
 
-    def rows(self, name: str) -> ImageRows:
-        "The images of 'train' or 'validation' with their class numbers."
+    def rows(
+        self,
+        name: str,  # "train" or "validation"
+    ) -> ImageRows:
+        "The images of a split with their class numbers."
         return ImageRows(getattr(self, name), self.image_column, self.labels[name])
 
 # %% ../nbs/02_data.ipynb #cdf17ee7

@@ -269,8 +269,11 @@ class KeptRows:
 
     def __len__(self): return len(self.places)
 
-    def take(self, rows: torch.Tensor) -> torch.Tensor:
-        "What was kept of some images, (rows, *shape) float32."
+    def take(
+        self,
+        rows: torch.Tensor,  # (rows,) int64 numbers of images
+    ) -> torch.Tensor:       # (rows, *shape) float32
+        "What was kept of some images."
         return _take_places(self.tables, self.places[rows])
 
     @property
@@ -282,8 +285,12 @@ class KeptRows:
 @dataclass
 class Features(KeptRows):
     "The features of a split: (rows, 2, embed_dim) in each table."
-    def take(self, rows: torch.Tensor, pool: str = "cls") -> torch.Tensor:
-        "The vectors of some images, (rows, embed_dim), twice as wide for cls_mean."
+    def take(
+        self,
+        rows: torch.Tensor,  # (rows,) int64 numbers of images
+        pool: str = "cls",   # "cls", "mean" or "cls_mean"
+    ) -> torch.Tensor:       # (rows, embed_dim) float32, twice as wide for cls_mean
+        "The vectors of some images."
         if pool not in (*_POOLS, "cls_mean"):
             known = ", ".join((*_POOLS, "cls_mean"))
             raise UserError(f"--pool {pool!r} is not known: choose from {known}.")
@@ -291,7 +298,10 @@ class Features(KeptRows):
         if pool in _POOLS: tables = [table[:, _POOLS[pool]] for table in self.tables]
         return _take_places(tables, self.places[rows])
 
-    def pool(self, pool: str) -> torch.Tensor:
+    def pool(
+        self,
+        pool: str,      # "cls", "mean" or "cls_mean"
+    ) -> torch.Tensor:  # (images, embed_dim) float32, twice as wide for cls_mean
         "The vectors of all images, in memory."
         return self.take(torch.arange(len(self)), pool)
 

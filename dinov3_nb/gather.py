@@ -89,7 +89,7 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Pictures:
     "Images that could be read, and what a classifier makes of them."
-    parts: list[Part]
+    parts: list[Part]       # rows of splits, in which they lie
     places: np.ndarray      # (images,) int64 positions, counted through all parts
     features: torch.Tensor  # (images, width) float32: what the head sees
     logits: torch.Tensor    # (images, num_classes) float32
@@ -107,8 +107,11 @@ class Pictures:
         every = [part.rows.labels for part in self.parts]
         return np.concatenate([np.zeros(0, np.int64), *every])[self.places]
 
-    def where(self, image: int) -> tuple[Part, int]:
-        "The part that an image is in, and its row there."
+    def where(
+        self,
+        image: int,
+    ) -> tuple[Part, int]:  # and its row there
+        "The part that an image is in."
         place = int(self.places[image])
         number = bisect_right(self._starts, place) - 1
         return self.parts[number], place - self._starts[number]
@@ -122,8 +125,12 @@ class Pictures:
         "The picture, upright, RGB."
         return open_image(self.item(image), self.name(image))
 
-    def small(self, image: int, side: int) -> Image.Image:
-        "The same, perhaps decoded smaller where that is quicker; at least that side."
+    def small(
+        self,
+        image: int,
+        side: int,  # pixels that are needed; there may be more
+    ) -> Image.Image:
+        "The same, perhaps decoded smaller where that is quicker."
         item = self.item(image)
         data = item.get("bytes") if isinstance(item, dict) else None
         source = path_of(item) or item if data is None else io.BytesIO(data)
@@ -139,7 +146,10 @@ class Pictures:
         part, row = self.where(image)
         return path_of(part.rows[row]["image"]) or f"{part.split} {part.numbers[row]}"
 
-    def content(self, image: int) -> bytes:
+    def content(
+        self,
+        image: int,
+    ) -> bytes:  # the same for equal files
         "A name for what the file of an image holds."
         item = self.item(image)
         data = item.get("bytes") if isinstance(item, dict) else None
@@ -151,7 +161,10 @@ class Pictures:
         every = [(part.split, int(n)) for part in self.parts for n in part.numbers]
         return [every[place] for place in self.places.tolist()]
 
-    def take(self, images: np.ndarray) -> "Pictures":
+    def take(
+        self,
+        images: np.ndarray,  # their numbers, or a mask
+    ) -> "Pictures":
         "Some of them."
         return replace(self, places=self.places[images], features=self.features[images],
                        logits=self.logits[images])

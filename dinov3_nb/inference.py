@@ -105,7 +105,11 @@ class Classifier:
         told = replace(calibration, temperature=1.0, head=head_digest(model))
         return replace(self, model=model, calibration=told)
 
-    def save_adapters(self, folder: str | Path, base: str | Path | None = None) -> None:
+    def save_adapters(
+        self,
+        folder: str | Path,
+        base: str | Path | None = None,  # a classifier's name or folder; None: written, too
+    ) -> None:
         "Write adapters and head as a folder for PEFT, and what they belong to."
         save_adapters(self.model, self.processor, folder, base)
 

@@ -116,9 +116,9 @@ def find_power(
 
 def smallest_gain(
     num_images: int,
-    level: float = LEVEL,
-    power: float = 0.8,  # share of the cases in which it has to be seen
-) -> float | None:       # 0 to 1/3; None: none can be shown
+    level: float = LEVEL,  # p-value below which a difference counts
+    power: float = 0.8,    # share of the cases in which it has to be seen
+) -> float | None:         # 0 to 1/3; None: none can be shown
     "The smallest gain that so many images show, to within a tenth of an image."
     low, high = 0.0, 1 / 3
     if find_power(num_images, high, level) < power: return None

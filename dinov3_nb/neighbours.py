@@ -124,7 +124,7 @@ def vote_shares(
 @dataclass(frozen=True)
 class Mistake:
     "An image that was given the wrong class, and what is most like it."
-    row: int
+    row: int                   # of the images that were scored
     true: int                  # class number
     said: int                  # class number
     sure: float                # probability of what was said, 0 to 1

@@ -245,7 +245,7 @@ def write_int8(
 @dataclass(frozen=True)
 class Int8Score:
     "What 8 bits cost and gain, on the same images."
-    images: int
+    images: int        # that have a label
     before: float      # accuracy in float32, 0 to 1
     after: float       # accuracy in int8
     agreement: float   # share of images with the same answer

@@ -26,16 +26,17 @@ from .heads import Fit, LinearHead, logistic, ridge
 @dataclass(frozen=True)
 class ProbeResult:
     "One line of the table."
-    method: str
+    method: str      # with what the features were classified
     pool: str        # which features: "cls" or "cls_mean"
     setting: str     # chosen on a part of train
     accuracy: float  # on validation, 0 to 1
     seconds: float   # choosing, fitting and predicting
-    head: LinearHead | None = field(default=None, repr=False, compare=False)
+    head: LinearHead | None = field(  # None: neighbours vote, so there is none
+        default=None, repr=False, compare=False)
 
 
 def best_linear(
-    results: list[ProbeResult],
+    results: list[ProbeResult],  # one of them with a head
 ) -> ProbeResult:  # it has a head; of equal ones the first
     "The line to make a classifier of."
     return max((r for r in results if r.head), key=lambda result: result.accuracy)

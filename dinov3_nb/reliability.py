@@ -34,7 +34,7 @@ class Reliability:
 def measure_reliability(
     probabilities: torch.Tensor,  # (images, num_classes), or an array
     labels: torch.Tensor,         # (images,) class numbers, or an array
-    bins: int = 15,
+    bins: int = 15,               # of equal width, from 0 to 1
 ) -> Reliability:
     "Compare what is promised with what is kept."
     confidence, right = _answers(probabilities, labels)
@@ -73,7 +73,7 @@ def _keep_finite(
 def expected_calibration_error(
     probabilities: torch.Tensor,  # (images, num_classes), or an array
     labels: torch.Tensor,         # (images,) class numbers, or an array
-    bins: int = 15,
+    bins: int = 15,               # of equal width, from 0 to 1
 ) -> float:                       # 0 to 1; nan: no images
     "How far promises are from what is kept, on average over the images."
     return measure_reliability(probabilities, labels, bins).error

@@ -27,7 +27,7 @@ from .page import write_page
 # %% ../nbs/13_report.ipynb #99c800a3
 class Report(NamedTuple):
     "What was found, and where the page with it is."
-    page: Path
+    page: Path          # an HTML file
     findings: Findings
 
 

@@ -36,7 +36,7 @@ def weights_between(
     start: dict[str, torch.Tensor],  # by name
     end: dict[str, torch.Tensor],    # the same names and shapes
     share: float,                    # 0: start, 1: end
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:        # by name
     "The weights a part of the way from start to end."
     return {name: torch.lerp(start[name], end[name], share) for name in start}
 

@@ -232,7 +232,10 @@ class TrainingState:
     whole: Any = None      # a copy of a model that is in shards, for its checkpoints
     average: Any = None    # `WeightAverage`; None: the weights are not averaged
 
-    def advance(self, stepped: bool) -> None:
+    def advance(
+        self,
+        stepped: bool,  # False: the gradient scaler found a number too large
+    ) -> None:
         "Count a step; schedule and average wait where the gradient scaler skipped it."
         self.step += 1
         if not stepped: return
