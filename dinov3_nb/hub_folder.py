@@ -23,7 +23,7 @@ from .checkpoint import backbone_fingerprint
 from .core import UserError
 from .inference import Classifier
 from .licence import is_ours
-from .model import export_classifier, own_processor, write_digests
+from .model import export_classifier, own_processor, write_classifier_digests
 from .weights import weights_fingerprint
 
 # %% ../nbs/14_hub_folder.ipynb #50c850a0
@@ -42,7 +42,7 @@ def write_hub_folder(
     _tell(folder / "config.json", backbone_revision=revision)
     _leave_places_out(folder / "config.json", head_only)
     if self_contained: _add_code(folder)
-    write_digests(folder)
+    write_classifier_digests(folder)
     if whole.calibration is not None:
         save_calibration(whole.calibration, calibration_file(folder))
 

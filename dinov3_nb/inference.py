@@ -32,6 +32,7 @@ from dinov3_nb.core import (
     FeatureArguments, ModelArguments, QuantizationArguments, TuneArguments, UserError,
 )
 from .decoding import FastProcessor
+from .digests import check_digests
 from .features import PassOptions
 from .files import load_weights, read_checkpoint
 from dinov3_nb.inputs import (
@@ -40,7 +41,7 @@ from dinov3_nb.inputs import (
 )
 from .lora import has_adapters, merge_adapters, save_adapters
 from dinov3_nb.model import (
-    build_classifier, check_exported, export_classifier, rebuild_classifier,
+    build_classifier, export_classifier, rebuild_classifier,
 )
 from .onnx_inference import is_onnx
 from .quantization import cpu_has_bfloat16, quantization_config, quantized_layers
@@ -455,7 +456,7 @@ def _load_exported(
     model_name: str | None = None,  # its backbone's name, or where it has moved
 ) -> Classifier:   # on the CPU
     "A classifier from a folder that transformers knows."
-    check_exported(folder)
+    check_digests(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     load = AutoModelForImageClassification.from_pretrained
     try:

@@ -16,7 +16,8 @@ from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
 from .catalogue import CHECKPOINTS, resolve_model_name
 from .core import UserError
-from .weights import TINY_FOLDER, file_sha256
+from .digests import file_sha256
+from .weights import TINY_FOLDER
 
 # %% ../nbs/14_licence.ipynb #7e337dd6
 def find_licence(

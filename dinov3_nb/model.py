@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['DinoV3Config', 'DinoV3MLPConfig', 'DinoV3Classifier', 'DinoV3Linear', 'DinoV3MLP', 'checkpoint_activations',
            'build_classifier', 'rebuild_classifier', 'DinoV3ImageProcessor', 'DinoV3Pipeline', 'own_processor',
-           'export_classifier', 'write_digests', 'check_exported']
+           'export_classifier', 'write_classifier_digests']
 
 # %% ../nbs/04_model.ipynb #c1181078
 import base64
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .backbone import backbone_tokens, load_backbone, pool_tokens, token_layout
 from .catalogue import resolve_model_name
 from .core import ModelArguments, UserError, need_packages
+from .digests import write_digests
 from dinov3_nb.frozen import (
     freeze_parts, frozen_parts, learns_whole, rest_frozen, rest_positions,
 )
 from .head_only import load_head_only, separate_biases
 from .pictures import open_image
-from .weights import check_files, file_sha256, keep_4bit_layout, quiet_if_small
+from .weights import keep_4bit_layout, quiet_if_small
 
 # %% ../nbs/04_model.ipynb #0407eb26
 class DinoV3Config(PretrainedConfig):
@@ -306,28 +306,13 @@ def export_classifier(
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with quiet_if_small(num_bytes): model.save_pretrained(folder)
     own_processor(processor).save_pretrained(folder)
-    write_digests(folder)
+    write_classifier_digests(folder)
 
-def write_digests(
+def write_classifier_digests(
     folder: Path,  # holds a classifier
 ) -> None:
     "Write down the SHA-256 of what is loaded from a folder."
     names = ["config.json", "preprocessor_config.json"]
     for pattern in ("model*.safetensors*", "modeling_*.py"):
         names += sorted(file.name for file in folder.glob(pattern))
-    text = json.dumps({name: file_sha256(folder / name) for name in names}, indent=2)
-    (folder / "digests.json").write_text(text, encoding="utf-8")
-
-def check_exported(
-    folder: Path,  # written by `export_classifier`, or by another program
-) -> None:
-    "Stop at an exported folder that was changed; one without digests passes."
-    place = folder / "digests.json"
-    advice = ("take another copy; if you changed it on purpose, "
-              "remove digests.json from the folder.")
-    if not place.is_file(): return
-    try: digests = dict(json.loads(place.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{place} is damaged: {advice}") from error
-    if "config.json" not in digests: raise UserError(f"{place} is damaged: {advice}")
-    check_files(folder, digests, advice)
+    write_digests(folder, names)

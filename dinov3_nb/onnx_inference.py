@@ -21,6 +21,7 @@ from . import __version__
 from .answers import Prediction, check_options, stream_answers
 from .core import UserError, need_packages
 from .decoding import FastProcessor
+from .digests import check_digests
 from .inputs import PictureCollator, picture_batches, picture_rows
 
 # %% ../nbs/12_onnx_inference.ipynb #34d27b66
@@ -29,6 +30,7 @@ def load_onnx(
 ) -> "OnnxClassifier":
     "A classifier that onnxruntime computes, ready to predict."
     path = _find_file(Path(path))
+    check_digests(path.parent, [path.name, f"{path.name}.data"])
     session = open_session(path)
     notes = read_notes(session, path)
     processor = _build_processor(notes.preprocessing)

@@ -18,7 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from .card_run import backbone_on_hub, public_name
 from .core import UserError, print_line
-from .model import DinoV3Config, DinoV3MLPConfig, check_exported
+from .digests import check_digests
+from .model import DinoV3Config, DinoV3MLPConfig
 
 # %% ../nbs/14_push.ipynb #6c1a9780
 def push(
@@ -89,7 +90,7 @@ def check_pushable(
         if not file.is_file(): raise UserError(f"{folder} has no {file.name}: {advice}")
     if not list(folder.glob("model*.safetensors")):
         raise UserError(f"{folder} has no weights: {advice}")
-    check_exported(folder)
+    check_digests(folder)
     _check_places(config)
     _check_licence(folder)
 

@@ -17,6 +17,7 @@ import torch
 from .card import CardFacts, current_versions, write_card
 from .card_run import backbone_on_hub, training_command
 from .core import UserError
+from .digests import write_digests
 from .hub_folder import write_hub_folder
 from .gather import pixels_of
 from .inference import load_classifier, setting_of_run
@@ -134,6 +135,7 @@ def _to_onnx(
         title=escape_markdown(title), opset=made.opset, licence=_told(licence),
         small=_SMALL if wish.int8 else "")
     (folder / "README.md").write_text(text, encoding="utf-8")
+    write_digests(folder, sorted(file.name for file in folder.glob("model*.onnx*")))
     return made.difference
 
 

@@ -250,6 +250,22 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(words, said, place):
     assert sorted(path.name for path in place.iterdir()) == before and not list((place / "taken").iterdir())
 
 
+def test_a_damaged_onnx_file_is_noticed(digits, tmp_path):
+    "One flipped bit would be other answers without a word."
+    folder = tmp_path / "onnx"
+    export(digits, "onnx", folder, int8=True, **QUIET)
+    for name in ("model.onnx", "model_int8.onnx"):
+        whole = (folder / name).read_bytes()
+        for place in (len(whole) // 2, len(whole) - 1):
+            (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+            with pytest.raises(UserError, match=f"{name} is damaged, or was changed: take another copy"): load_onnx(folder / name)
+        done = command("predict", "--checkpoint", folder / name, folder / "README.md", cwd=tmp_path)
+        assert done.returncode == 2 and "is damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        (folder / name).write_bytes(whole)
+    (folder / "model_int8.onnx").unlink()
+    assert load_onnx(folder).class_names == list("0123456789")  # what is not asked for may be gone
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_extra_is_named(package, digits, tmp_path, monkeypatch):
     real = importlib.util.find_spec

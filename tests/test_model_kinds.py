@@ -18,7 +18,8 @@ from dinov3_nb.backbone import _set_image_size, _timm_processor, load_backbone, 
 from dinov3_nb.core import ModelArguments, QuantizationArguments, UserError
 from dinov3_nb.pictures import open_image
 from dinov3_nb.inference import Classifier, load_classifier
-from dinov3_nb.model import build_classifier, check_exported, export_classifier, rebuild_classifier
+from dinov3_nb.digests import check_digests
+from dinov3_nb.model import build_classifier, export_classifier, rebuild_classifier
 from dinov3_nb.quantization import quantization_config
 from dinov3_nb.weights import _TINY_SHA256, TINY_FOLDER, _stored_tensors, _weight_files, weights_fingerprint
 
@@ -112,7 +113,7 @@ def test_other_models_keep_their_pipeline(tmp_path):
 def test_every_flipped_bit_of_an_exported_folder_is_noticed(exported, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(exported[1], folder)
-    check_exported(folder)
+    check_digests(folder)
     generator = random.Random(0)
     for name in ("model.safetensors", "config.json", "preprocessor_config.json", "digests.json"):
         content = (folder / name).read_bytes()
@@ -120,15 +121,15 @@ def test_every_flipped_bit_of_an_exported_folder_is_noticed(exported, tmp_path):
             damaged, bit = bytearray(content), generator.randrange(8 * len(content))
             damaged[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(damaged)
-            try: check_exported(folder)
+            try: check_digests(folder)
             except UserError: continue
             assert name == "digests.json" and json.loads(damaged) == json.loads(content)  # white space
         (folder / name).write_bytes(content)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks its model.safetensors"): check_exported(folder)
+    with pytest.raises(UserError, match="lacks its model.safetensors"): check_digests(folder)
     model = build_classifier(ModelArguments("tiny"), ["a", "b"])
     model.save_pretrained(folder)  # transformers' own way writes no digests, and leaves no stale ones
-    check_exported(folder)
+    check_digests(folder)
     assert not (folder / "digests.json").exists()
 
 

@@ -14,7 +14,7 @@ from dinov3_nb.backbone import load_processor
 from dinov3_nb.core import ModelArguments, UserError
 from dinov3_nb.model import build_classifier, export_classifier
 from dinov3_nb.push import push
-from dinov3_nb.weights import file_sha256
+from dinov3_nb.digests import file_sha256
 from forks import ENVIRONMENT
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
