@@ -18,6 +18,7 @@ from .album import Album, as_data_uri, as_svg
 from .duplicates import draw_threshold
 from .findings import Findings
 from .gather import Pictures
+from .inference import learned_part
 from .looks import Look, look, overlay, seen_images
 from .macros import format_percent
 from .merit import choose_classes
@@ -80,9 +81,8 @@ def _facts(
     "What a reader has to know about the run."
     classifier = found.gathered.asked.classifier
     config, model = classifier.config, classifier.model
-    tune = config.get("tune", "head")
     learned = {"last": ", its last blocks tuned", "lora": ", with adapters",
-               "all": ", all of it tuned"}.get(tune, "")
+               "all": ", all of it tuned"}.get(learned_part(classifier), "")
     kind = "linear" if isinstance(model.head, torch.nn.Linear) else "MLP"
     pool = {"cls": "the class token", "mean": "the mean of the patches",
             "cls_mean": "class token and mean of the patches"}[model.config.pool]

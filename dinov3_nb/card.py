@@ -20,7 +20,7 @@ from dinov3_nb.card_run import (
     backbone_on_hub, is_local, on_hub, public_name, say_data, say_training,
 )
 from .card_use import say_how_to_load, say_licence, say_limits
-from .inference import Classifier
+from .inference import Classifier, learned_part
 from .markdown import escape_markdown, one_line, write_size
 from .merit import Merit
 from .scores import Scores
@@ -131,10 +131,9 @@ def _say_what(
     head = "a head of two layers" if "mlp" in config.model_type else "one linear layer"
     pools = {"cls": "the class token", "mean": "the mean of the patches"}
     pool = pools.get(config.pool, "the class token and the mean of the patches")
-    frozen = "head" if config.freeze_backbone else "all"
-    tune, what = classifier.config.get("tune") or frozen, "the whole model"
-    known = classifier.config or tune == "all" or facts.form == "head_only"
-    learned = f" {_TUNED[tune]}" if known else ""
+    tune, what = learned_part(classifier), "the whole model"
+    if facts.form == "head_only": tune = "head"
+    learned = f" {_TUNED[tune]}" if tune else ""
     if facts.four_bits: what += ", its backbone in 4 bits"
     if facts.form == "head_only": what = "the head alone, without the backbone"
     side = _image_side(classifier)

@@ -19,8 +19,10 @@ from transformers import DINOv3ViTImageProcessor
 
 from dinov3_nb import UserError, evaluate, load_classifier, train
 from dinov3_nb.export import export
+from dinov3_nb.files import read_checkpoint
 from dinov3_nb.onnx_inference import load_onnx
 from dinov3_nb.push import check_pushable
+from dinov3_nb.report import report
 
 QUIET = dict(log=lambda line: None)
 LICENCE = "DINOv3 License\n\nLast Updated: August 19, 2025\n\nA stand-in for the text.\n"
@@ -264,6 +266,22 @@ def test_a_damaged_onnx_file_is_noticed(digits, tmp_path):
         (folder / name).write_bytes(whole)
     (folder / "model_int8.onnx").unlink()
     assert load_onnx(folder).class_names == list("0123456789")  # what is not asked for may be gone
+
+
+@pytest.mark.parametrize("rate, words, fact", [(10.0, "The backbone is as it was; only the head has learned.", "tiny"),
+                                               (1e-5, "The whole backbone has learned as well.", "tiny, all of it tuned")])
+def test_nothing_is_said_to_have_learned_that_has_not(rate, words, fact, tmp_path):
+    "Where no step was better than the start, `best.pt` holds the probe's head on the backbone as it was."
+    train(dataset=make_image_folder(tmp_path / "images", per_class=4), model_name="tiny", tune="all", epochs=1, batch_size=6,
+          backbone_learning_rate=rate, mixed_precision="no", no_tracking=True, checkpoint_dir=tmp_path / "run", **QUIET)
+    file = "best" if rate == 10 else "last"
+    start = read_checkpoint(tmp_path / "run" / f"{file}.pt")["step"] == 0
+    assert start == (rate == 10), "the rates of this test do not do what they should"
+    export(tmp_path / "run" / f"{file}.pt", "hub", tmp_path / "once", **QUIET)
+    export(tmp_path / "once", "hub", tmp_path / "twice", **QUIET)  # a folder remembers
+    for name in ("once", "twice"): assert words in (tmp_path / name / "README.md").read_text("utf-8"), name
+    report(tmp_path / "run" / f"{file}.pt", out=tmp_path / "page.html", **QUIET)
+    assert f">{fact}<" in (tmp_path / "page.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
