@@ -117,18 +117,22 @@ def say_data(
 ) -> str:                 # "": nothing is known
     "The section on data."
     dataset, count = config.get("dataset"), config.get("num_train_images")
-    if not dataset: return ""
-    name, kept = escape_markdown(public_name(dataset)), ""
+    kept = _KEPT.format(remembered=remembered) if remembered else ""
+    if not dataset and not kept: return ""
+    if not dataset:
+        return f"## Data\n\nThe images that it learned from are not in this folder.{kept}"
+    name = escape_markdown(public_name(dataset))
     if on_hub(dataset): name = f"[{name}](https://huggingface.co/datasets/{dataset})"
     if dataset == OWN_DATASET: name = "a dataset without a public name"
     many = f"{count:,} images of" if count else "images of"
     origin = f" {_ORIGINS[dataset]}" if dataset in _ORIGINS else ""
-    if remembered:
-        kept = (" `calibration.safetensors` holds compressed features of "
-                f"{remembered:,} of them, a vector each: nobody can see the picture in "
-                "it, but whoever has the picture can tell that it was among them.")
     return (f"## Data\n\nIt learned from {many} {name}.{origin} The images are not in "
             f"this folder, and their own licence holds for them.{kept}")
+
+
+_KEPT = (" `calibration.safetensors` holds compressed features of {remembered:,} of them, a "
+         "vector each: nobody can see the picture in it, but whoever has the picture can "
+         "tell that it was among them.")
 
 # %% ../nbs/14_card_run.ipynb #cf97fcb7
 _ASKED_FOR = ("dataset", "model_name", "pool", "head", "tune", "epochs", "batch_size",

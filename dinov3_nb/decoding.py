@@ -17,6 +17,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from transformers.image_utils import SizeDict
 
 from .contents import UNKNOWN, content_key, key_array, read_file
+from .core import UserError
 from .images import RangesSeen
 from .pictures import BadImage, ReadError, find_turn, open_image
 
@@ -76,6 +77,9 @@ class FastProcessor:
         self,
         processor: Any,  # the checkpoint's own: it says how, we say in which order
     ):
+        if getattr(processor, "crop_pct", None) is not None:
+            raise UserError("--preprocess fast cannot prepare pictures as a "
+                            f"{type(processor).__name__} does: leave it out.")
         self.processor, self.scale = processor, processor.rescale_factor
         self.size, self.crop = SizeDict(**dict(processor.size)), None
         if processor.do_center_crop: self.crop = SizeDict(**dict(processor.crop_size))

@@ -108,6 +108,10 @@ def ask_about(
     splits = load_labelled_splits(settings.data, notes := [], own)
     if own is not None and same: same = None  # both have no name to compare
     chosen = choose_rows(classifier, splits, same, split, share)
+    inside = getattr(classifier.model.config, "head_temperature", 1.0)
+    if inside != 1:
+        notes.append(f"The head holds the temperature of a report ({inside:.3f}), and the "
+                     "loss is with it.")
     return Asked(classifier, splits, chosen, settings, same, notes + chosen.notes)
 
 # %% ../nbs/12_evaluation.ipynb #8d6f4d59

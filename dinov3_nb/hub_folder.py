@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 from safetensors.torch import save_file
 
 from .backbone import load_backbone
@@ -24,6 +25,7 @@ from .core import UserError
 from .inference import Classifier
 from .licence import is_ours
 from .model import export_classifier, own_processor, write_classifier_digests
+from .standalone import StandaloneImageProcessor
 from .weights import weights_fingerprint
 
 # %% ../nbs/14_hub_folder.ipynb #50c850a0
@@ -41,7 +43,7 @@ def write_hub_folder(
     else: export_classifier(whole.model, whole.processor, folder)
     _tell(folder / "config.json", backbone_revision=revision)
     _leave_places_out(folder / "config.json", head_only)
-    if self_contained: _add_code(folder)
+    if self_contained: _add_code(folder, whole.processor)
     write_classifier_digests(folder)
     if whole.calibration is not None:
         save_calibration(whole.calibration, calibration_file(folder))
@@ -138,7 +140,8 @@ def _leave_places_out(
     for part in (content, content.get("backbone_config") or {}):
         part.pop("_name_or_path", None)
     name = content["model_name"]
-    if not head_only and not is_ours(name):
+    if is_ours(name): content["model_name"] = "tiny"
+    elif not head_only:
         last = public_name(name)
         content["model_name"] = "own-tiny" if last == "tiny" else last
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -159,10 +162,26 @@ def standalone_source() -> str:  # Python
 _FILE = "modeling_dinov3_nb"
 
 
+def _check_pictures(
+    processor: Any,
+) -> None:
+    "Stop at a processor that prepares pictures in a way that the file doesn't know."
+    travelling = StandaloneImageProcessor.from_dict(processor.to_dict())
+    picture = Image.effect_noise((333, 250), 80).convert("RGB")
+    ours, theirs = (prepare(images=picture, return_tensors="pt")["pixel_values"]
+                    for prepare in (processor, travelling))
+    if ours.shape == theirs.shape and (ours - theirs).abs().max() < 0.05: return
+    raise UserError("--self_contained brings DINOv3's image processor, and this classifier "
+                    f"has a {type(processor).__name__}, which prepares pictures in "
+                    "another way: leave out --self_contained.")
+
+
 def _add_code(
-    folder: Path,  # holds a whole classifier
+    folder: Path,    # holds a whole classifier
+    processor: Any,  # its image processor
 ) -> None:
     "Put the modelling file beside a classifier, and name it."
+    _check_pictures(processor)
     (folder / f"{_FILE}.py").write_text(standalone_source(), encoding="utf-8")
     file = folder / "config.json"
     kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]

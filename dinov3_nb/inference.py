@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Classifier', 'load_classifier', 'setting_of_run', 'learned_part', 'autocast_for', 'answer_batch', 'run_options',
-           'open_kept', 'open_split', 'processor_of_run']
+           'open_kept', 'open_split', 'processor_of_run', 'temperature_of']
 
 # %% ../nbs/12_inference.ipynb #8389270e
 import contextlib
@@ -91,6 +91,9 @@ class Classifier:
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write the whole model as a folder for `transformers.pipeline` and the Hub."
+        if any(Path(folder).glob("*.pt")):
+            raise UserError(f"{folder} holds a run's checkpoints, which would not be found "
+                            "any more beside a config.json: name another folder.")
         whole = self.finished()
         export_classifier(whole.model, self.processor, folder)
         if whole.calibration is None: return
@@ -123,7 +126,9 @@ def load_classifier(
 ) -> Classifier:
     "A classifier ready to predict."
     path = Path(path)
-    if (path / "config.json").exists(): classifier = _load_exported(path, model_name)
+    if (path / "config.json").exists():
+        if any(path.glob("*.pt")): raise _two_in_one(path)
+        classifier = _load_exported(path, model_name)
     elif (path / "adapter_config.json").exists(): raise _only_adapters(path)
     elif is_onnx(path): raise _only_a_graph(path)
     else: classifier = _restore_classifier(read_checkpoint(path), model_name)
@@ -142,6 +147,14 @@ def _with_calibration(
     found = load_calibration(calibration_file(path), classifier.model)
     if found is None: return classifier
     return replace(classifier, calibration=replace(found, bank=found.bank.to(device)))
+
+
+def _two_in_one(
+    folder: Path,  # with a checkpoint and a config.json
+) -> UserError:
+    "Which of two classifiers is meant?"
+    return UserError(f"{folder} holds a run's checkpoints and an exported classifier: name "
+                     f"one of the .pt files, or move the others away.")
 
 
 def _only_adapters(
@@ -439,6 +452,14 @@ def _batches(
     yield from batches
 
 # %% ../nbs/12_inference.ipynb #f13708eb
+def temperature_of(
+    classifier: Classifier,
+) -> float:  # 1: none
+    "What its logits are divided by, in its head or after it."
+    after = classifier.calibration.temperature if classifier.calibration else 1.0
+    return getattr(classifier.model.config, "head_temperature", 1.0) * after
+
+
 def _cooled(
     model: Any,          # DinoV3Linear or DinoV3MLP; left as it is
     temperature: float,  # that its logits are to be divided by
@@ -461,6 +482,7 @@ def _told(
     told.config = copy.deepcopy(model.config)
     for name in _ALSO_DECIDES: setattr(told.config, name, setting_of_run(classifier, name))
     told.config.learned = learned_part(classifier)
+    told.config.head_temperature = temperature_of(classifier)
     return told
 
 # %% ../nbs/12_inference.ipynb #00efba9b

@@ -40,6 +40,7 @@ from .probe import ProbeResult, find_head
 from .quantization import count_parameters
 from .run import load_all, open_features, train
 from .scores import interval
+from .weights import means_tiny
 
 # %% ../nbs/15_ladder.ipynb #52d317d1
 RUNGS = "probe", "last", "lora", "all"  # from the bottom up
@@ -451,7 +452,7 @@ def _read_plan(
         raise UserError("--patience lets the validation images say when to stop, and on "
                         "a ladder they may choose nothing: leave it out.")
     place = settings.model.model_name
-    if Path(place).expanduser().is_dir(): place = in_full(place)
+    if not means_tiny(place) and Path(place).expanduser().is_dir(): place = in_full(place)
     named = dataset_in_full(settings.data.dataset)
     settings = replace(settings, data=replace(settings.data, dataset=named),
                        model=replace(settings.model, model_name=place))

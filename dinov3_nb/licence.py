@@ -17,7 +17,7 @@ from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 from .catalogue import CHECKPOINTS, resolve_model_name
 from .core import UserError
 from .digests import file_sha256
-from .weights import TINY_FOLDER
+from .weights import TINY_FOLDER, means_tiny
 
 # %% ../nbs/14_licence.ipynb #7e337dd6
 def find_licence(
@@ -85,7 +85,7 @@ def is_ours(
 ) -> bool:
     "Whether a backbone is `tiny`, which none of Meta's weights are in."
     folder = Path(model_name).expanduser()
-    if not folder.is_dir(): return model_name == "tiny"
+    if means_tiny(model_name): return True
     files = [place / "model.safetensors" for place in (folder, TINY_FOLDER)]
     if not files[0].is_file(): return False
     if files[0].stat().st_size != files[1].stat().st_size: return False

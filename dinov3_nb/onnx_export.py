@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .core import UserError, need_packages
-from .inference import Classifier, setting_of_run
+from .inference import Classifier, setting_of_run, temperature_of
 from .lora import merge_adapters
 from .onnx_inference import OnnxNotes, open_session
 from .quantization import quantized_layers
@@ -161,13 +161,13 @@ def _notes_of(
     classifier: Classifier,
 ) -> OnnxNotes:
     "What the file has to say beside its graph."
-    calibration, config = classifier.calibration, classifier.config
+    config = classifier.config
     name = config.get("model_name") or classifier.model.config.model_name or ""
     if Path(name).is_absolute(): name = Path(name).name
     return OnnxNotes(
         classifier.class_names, json.loads(classifier.processor.to_json_string()),
         setting_of_run(classifier, "preprocess"),
-        1.0 if calibration is None else calibration.temperature, name)
+        temperature_of(classifier), name)
 
 # %% ../nbs/14_onnx.ipynb #42f365f6
 @torch.no_grad()

@@ -54,6 +54,7 @@ from dinov3_nb.training import (
 from dinov3_nb.tuned import (
     check_rung, closing_line, let_learn, look_back, plan_learning, plan_lines, put_aside, start_from_probe,
 )
+from .weights import means_tiny
 
 # %% ../nbs/15_run.ipynb #97a55521
 def train(
@@ -127,7 +128,8 @@ def _read_settings(
     settings = make_settings(*parts, **values)
     dataset = dataset_in_full(settings.data.dataset)
     model_name = settings.model.model_name
-    if Path(model_name).expanduser().is_dir(): model_name = in_full(model_name)
+    if not means_tiny(model_name) and Path(model_name).expanduser().is_dir():
+        model_name = in_full(model_name)
     return replace(settings, data=replace(settings.data, dataset=dataset),
                    model=replace(settings.model, model_name=model_name)), own
 

@@ -7,12 +7,14 @@ __all__ = ['StandaloneConfig', 'StandaloneMLPConfig', 'StandaloneLinear', 'Stand
            'StandalonePipeline']
 
 # %% ../nbs/14_standalone.ipynb #6f2fb3b2
+import base64
+import io
 import math
 import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoModel, DINOv3ViTImageProcessor, ImageClassificationPipeline, PretrainedConfig,
@@ -124,10 +126,17 @@ def _find_white(span, floats):
     return max(low * (high / low) ** min(math.log2(span / low), 1.0), span)
 
 
+_TURNS = {  # what sets a camera's picture upright, by its note
+    number: getattr(Image.Transpose, name) for number, name in enumerate(
+        "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE "
+        "ROTATE_90".split(), start=2)}
+
+
 def _show_picture(image):
     "The picture as a viewer shows it on white paper: mode RGB."
-    try: image = ImageOps.exif_transpose(image)
-    except Exception: pass  # a note that cannot be read turns nothing
+    try: turn = _TURNS.get(int(image.getexif().get(0x0112, 1)))
+    except Exception: turn = None  # a note that cannot be read turns nothing
+    if turn is not None: image = image.transpose(turn)
     if image.mode[0] in "IF":
         values = np.asarray(image).astype(np.float64)
         finite = values[np.isfinite(values)] if values.size else values
@@ -144,11 +153,20 @@ def _show_picture(image):
     return Image.alpha_composite(paper, image).convert("RGB")
 
 # %% ../nbs/14_standalone.ipynb #7cbd728f
-def _open_source(image):
-    "A picture of ours, where it is a picture or the path of one."
-    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+def _open_source(image, timeout=None):
+    "A picture of ours, where it is a picture, or a path, web address or base64 of one."
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        import httpx
+        found = httpx.get(image, timeout=timeout, follow_redirects=True)
+        image = Image.open(io.BytesIO(found.raise_for_status().content))
+    elif isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
         image = Image.open(image)
-    return _show_picture(image) if isinstance(image, Image.Image) else image
+    elif isinstance(image, str):
+        text = "".join(image.split(",")[-1].split())
+        try: image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        except (ValueError, OSError): raise ValueError(f"There is no image {image[:200]!r}.")
+    if not isinstance(image, Image.Image): return image
+    return Image.fromarray(np.asarray(_show_picture(image)))  # without notes of a turn
 
 
 class StandaloneImageProcessor(DINOv3ViTImageProcessor):
@@ -166,4 +184,4 @@ class StandalonePipeline(ImageClassificationPipeline):
     _load_video_processor = False
 
     def preprocess(self, image, timeout=None):
-        return super().preprocess(_open_source(image), timeout=timeout)
+        return super().preprocess(_open_source(image, timeout), timeout=timeout)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .core import UserError
 from .gather import Gathered, gather, pixels_of
-from .inference import Classifier, load_classifier
+from .inference import Classifier, load_classifier, temperature_of
 from .merit import Merit, figures_of_merit
 from .scores import Scores, score
 
@@ -40,12 +40,11 @@ def find_subject(
     except UserError as error:
         if named: raise
         notes = [f"without figures, since its images could not be opened: {error}"]
-    temperature = classifier.calibration.temperature if classifier.calibration else 1.0
     pixels = _pixels_of(classifier, gathered)
     finished = classifier.finished()
     finished.model.cpu().eval()
-    return Subject(finished, classifier, temperature, pixels, gathered is not None,
-                   gathered, notes)
+    return Subject(finished, classifier, temperature_of(classifier), pixels,
+                   gathered is not None, gathered, notes)
 
 # %% ../nbs/14_subject.ipynb #8ffd586f
 @dataclass(frozen=True, eq=False)

@@ -1,23 +1,30 @@
 "Every way out, for every kind of classifier: whole or not there, equal to the original, and with its licence."
+import base64
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ENVIRONMENT, command, make_image_folder
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_lora import FAMILIES
-from transformers import DINOv3ViTImageProcessor
+from transformers import ConvNextImageProcessor, DINOv3ViTImageProcessor
 
 from dinov3_nb import UserError, evaluate, load_classifier, train
+from dinov3_nb.calibration import calibration_file, save_calibration
 from dinov3_nb.export import export
 from dinov3_nb.files import read_checkpoint
 from dinov3_nb.onnx_inference import load_onnx
@@ -202,7 +209,7 @@ def test_an_exported_folder_is_exported_again(metas, tmp_path, monkeypatch):
     export("first", "hub", "second", **QUIET)
     card = ModelCard.load(tmp_path / "second" / "README.md")
     assert card.data.base_model is None and "huggingface.co/backbone" not in card.content
-    assert "a DINOv3 backbone (backbone). This folder" in card.content
+    assert "a DINOv3 backbone (backbone). The backbone is as it was; only the head has learned. This folder" in card.content
     assert (tmp_path / "second" / "LICENSE.md").read_text() == LICENCE
 
 
@@ -266,6 +273,103 @@ def test_a_damaged_onnx_file_is_noticed(digits, tmp_path):
         (folder / name).write_bytes(whole)
     (folder / "model_int8.onnx").unlink()
     assert load_onnx(folder).class_names == list("0123456789")  # what is not asked for may be gone
+
+
+ASK = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "dinov3_nb": raise ImportError("dinov3_nb is not to be had here")
+sys.meta_path.insert(0, Refuse())
+import json
+from transformers import pipeline
+ask = pipeline("image-classification", sys.argv[1], trust_remote_code=True, device="cpu")
+print(json.dumps([{a["label"]: a["score"] for a in ask(source, top_k=10)} for source in json.load(sys.stdin)]))
+"""
+
+
+def odd_pictures(folder):
+    "Transparent, deep grey, turned by a note, and turned by a note of the wrong type."
+    folder.mkdir()
+    wave = np.add.outer(np.arange(48) * 900, np.arange(32) * 700)
+    colours = np.stack([wave, wave.T.repeat(2, 0)[:48].repeat(2, 1)[:, :32], wave[::-1], wave * 2], 2) // 256 % 256
+    Image.fromarray(colours.astype(np.uint8), "RGBA").save(folder / "clear.png")
+    Image.fromarray(wave.astype(np.uint16)).save(folder / "deep.png")
+    upright = Image.fromarray(colours[..., :3].astype(np.uint8))
+    for turn in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        upright.save(folder / f"turn{turn}.png", exif=exif)
+    as_text = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x02\x00\x00\x00\x026\x00\x00\x00\x00\x00\x00\x00"
+    upright.save(folder / "text.jpg", exif=as_text)
+    return sorted(folder.iterdir())
+
+
+def test_code_that_travels_sees_what_predict_sees(digits, tmp_path):
+    "By path, web address, base64 and data address, in a process that has no dinov3_nb."
+    files = odd_pictures(tmp_path / "web")
+    export(digits, "hub", tmp_path / "hub", self_contained=True, **QUIET)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "web"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    texts = [base64.b64encode(path.read_bytes()).decode() for path in files]
+    sources = [[str(path) for path in files], [f"http://127.0.0.1:{server.server_port}/{path.name}" for path in files],
+               texts, [f"data:image/png;base64,{text}" for text in texts]]
+    environment = {**ENVIRONMENT, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", ASK, str(tmp_path / "hub")], input=json.dumps(sum(sources, [])), env=environment,
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    wanted = [dict(answer.labels) for answer in load_classifier(digits, "cpu").predict([str(path) for path in files], top_k=10)]
+    assert wanted[0] != wanted[1]
+    for source, theirs, ours in zip(sum(sources, []), said, wanted * 4): assert theirs == pytest.approx(ours, abs=1e-5), source[:60]
+
+
+def test_a_processor_of_another_kind(tmp_path):
+    "The code that travels has DINOv3's; so has the fast way of preparing pictures."
+    backbone = save_family("vit", tmp_path / "backbone")
+    ConvNextImageProcessor(size={"shortest_edge": 48}, crop_pct=0.7).save_pretrained(backbone)
+    settings = dict(dataset=make_image_folder(tmp_path / "images", per_class=4), model_name=backbone, epochs=1, no_tracking=True, **QUIET)
+    train(**settings, checkpoint_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="a ConvNextImageProcessor, which prepares pictures in another way: leave out --self_contained"):
+        export(tmp_path / "run", "hub", tmp_path / "out", self_contained=True, **QUIET)
+    assert not (tmp_path / "out").exists()
+    export(tmp_path / "run", "hub", tmp_path / "out", **QUIET)
+    with pytest.raises(UserError, match="--preprocess fast cannot prepare pictures as a ConvNextImageProcessor does"):
+        train(**settings, checkpoint_dir=tmp_path / "fast", preprocess="fast")
+
+
+def test_a_copy_of_a_copy_says_the_same(digits, tmp_path, monkeypatch):
+    "Also where the first is called as the backbone is: the licence, the temperature, and what is remembered."
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(digits, "run")
+    report("run", **QUIET)
+    temperature = 2.5  # as if the report had found it
+    save_calibration(replace(load_classifier("run", "cpu").calibration, temperature=temperature), calibration_file(Path("run")))
+    export("run", "hub", "tiny", **QUIET)
+    export("tiny", "hub", "again", **QUIET)
+    export("again", "onnx", "onnx", **QUIET)
+    cards = [Path(name, "README.md").read_text("utf-8") for name in ("tiny", "again")]
+    for card in cards:
+        assert f"the logits are divided by {temperature:.3f} already" in card and "license: apache-2.0" in card
+        assert "whoever has the picture can tell that it was among them" in card
+    assert load_onnx("onnx").temperature == pytest.approx(temperature)
+    assert [Path(name, "LICENSE.md").read_text() for name in ("again", "onnx")] == [Path("tiny", "LICENSE.md").read_text()] * 2
+    assert json.loads(Path("again/config.json").read_text())["model_name"] == "tiny"
+    train(dataset="digits", model_name="tiny", epochs=1, no_tracking=True, checkpoint_dir="new", **QUIET)  # it is still there
+
+
+def test_two_classifiers_do_not_share_a_folder(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "run")
+    classifier = load_classifier(tmp_path / "run", "cpu")
+    with pytest.raises(UserError, match="holds a run's checkpoints, which would not be found any more"):
+        classifier.save_pretrained(tmp_path / "run")
+    load_classifier(tmp_path / "run", "cpu")
+    classifier.save_pretrained(tmp_path / "saved")
+    shutil.copy(digits / "best.pt", tmp_path / "saved")
+    with pytest.raises(UserError, match="holds a run's checkpoints and an exported classifier: name one of the .pt files"):
+        load_classifier(tmp_path / "saved", "cpu")
+    load_classifier(tmp_path / "saved" / "best.pt", "cpu")
 
 
 @pytest.mark.parametrize("rate, words, fact", [(10.0, "The backbone is as it was; only the head has learned.", "tiny"),
