@@ -91,7 +91,7 @@ class Classifier:
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write the whole model as a folder for `transformers.pipeline` and the Hub."
-        if any(Path(folder).glob("*.pt")):
+        if _holds_run(Path(folder)):
             raise UserError(f"{folder} holds a run's checkpoints, which would not be found "
                             "any more beside a config.json: name another folder.")
         whole = self.finished()
@@ -127,7 +127,7 @@ def load_classifier(
     "A classifier ready to predict."
     path = Path(path)
     if (path / "config.json").exists():
-        if any(path.glob("*.pt")): raise _two_in_one(path)
+        if _holds_run(path): raise _two_in_one(path)
         classifier = _load_exported(path, model_name)
     elif (path / "adapter_config.json").exists(): raise _only_adapters(path)
     elif is_onnx(path): raise _only_a_graph(path)
@@ -147,6 +147,13 @@ def _with_calibration(
     found = load_calibration(calibration_file(path), classifier.model)
     if found is None: return classifier
     return replace(classifier, calibration=replace(found, bank=found.bank.to(device)))
+
+
+def _holds_run(
+    folder: Path,
+) -> bool:
+    "Whether there are checkpoints in it; transformers' trainer writes other .pt files."
+    return any((folder / name).exists() for name in ("best.pt", "last.pt"))
 
 
 def _two_in_one(
