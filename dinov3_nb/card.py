@@ -102,7 +102,8 @@ def _eval_results(
 ) -> list[EvalResult] | None:  # None: nothing was scored
     "Accuracy, top-5 and macro F1 as the Hub wants them."
     scores = facts.scores
-    if scores is None: return None
+    known = facts.own_validation or facts.scored_split is not None
+    if scores is None or not known: return None  # of all splits together it says little
     found = {"accuracy": ("top-1 accuracy", scores.accuracy)}
     if len(scores.recall) > 5: found["top_5_accuracy"] = "top-5 accuracy", scores.top5
     found["f1"] = "macro F1", scores.macro_f1

@@ -64,7 +64,11 @@ def _keep_calibration(
     found: Findings,
 ) -> str | None:      # a line for the log; None: there is nothing to keep
     "Write what `predict` takes along."
-    if isinstance(checkpoint, Classifier) or not found.remembered: return None
+    if isinstance(checkpoint, Classifier): return None
+    if found.gathered.asked.classifier.trained_on is None:
+        return ("predict takes nothing along from this: the checkpoint does not say which "
+                "images it has learned from")
+    if not found.remembered: return None
     place = calibration_file(Path(checkpoint).expanduser())
     try: save_calibration(found.calibration, place)
     except UserError as error: return f"predict takes nothing along from this: {error}"

@@ -359,6 +359,19 @@ def test_a_copy_of_a_copy_says_the_same(digits, tmp_path, monkeypatch):
     train(dataset="digits", model_name="tiny", epochs=1, no_tracking=True, checkpoint_dir="new", **QUIET)  # it is still there
 
 
+def test_a_figure_of_all_splits_is_no_result(digits, tmp_path):
+    "Whoever names a dataset for a copy may score its training images; the Hub's table has no word for that."
+    export(digits, "hub", tmp_path / "first", **QUIET)
+    lines = []
+    report(tmp_path / "first", dataset="digits", out=tmp_path / "page.html", log=lines.append)
+    assert "predict takes nothing along from this: the checkpoint does not say which images it has learned from" in lines
+    for split, there in ((None, False), ("validation", True)):
+        out = tmp_path / f"of {split}"
+        export(tmp_path / "first", "hub", out, dataset="digits", split=split, **QUIET)
+        card = ModelCard.load(out / "README.md")
+        assert bool(card.data.eval_results) == there and "macro F1" in card.content
+
+
 def test_two_classifiers_do_not_share_a_folder(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "run")
     classifier = load_classifier(tmp_path / "run", "cpu")
